@@ -1,0 +1,58 @@
+# `make` lists the targets. Variables: PYTHON, the interpreter the environment is built from; TORCH, what pip installs
+# for torch, for example "torch==2.13.0" for CUDA (default: the CPU build); ARGS, passed on to quickstart and tests.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHON TORCH
+
+# Another TORCH than the installed one is a reason to install again.
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+endif
+
+.PHONY: help quickstart test test-slow test-all check format bench constraints clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+quickstart: $(STAMP)  ## real cells from raw files to labels, in minutes (ARGS="--help" for choices)
+	$(VENV)/bin/python launchers/quickstart.py $(ARGS)
+
+test: $(STAMP)  ## the tests every change must pass (ARGS="-k masking" for some of them)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes each
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+test-all: $(STAMP)  ## every test, those for several hosts and for Slurm included
+	$(VENV)/bin/python -m pytest -m "" $(ARGS)
+
+check: $(STAMP)  ## ruff, ruff format and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## rewrite the sources in house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(STAMP)  ## every benchmark in its quick form
+	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(VENV)/bin/python $$script --quick; done
+
+constraints:  ## resolve the newest allowed versions and rewrite constraints.txt
+	sh launchers/setup_env.sh constraints
+
+clean:  ## remove build artefacts, caches and what quickstart wrote; the environment stays
+	rm -rf build dist *.egg-info quickstart_run .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the environment too
+	rm -rf $(VENV)
+
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@rm -f $@
+	@sh launchers/setup_env.sh install $(VENV)
+	@printf '%s\n' "$$TORCH" > $@

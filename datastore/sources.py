@@ -1,0 +1,208 @@
+"""Raw files with counts: what a source is, and its cells as checked counts.
+
+A source is opened cheaply where its format allows it (size and gene names only); its cells are
+read in slices of bounded size. Whatever is wrong with a file is said here, by name and with the
+remedy, before anything is written.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from scipy import sparse
+
+from datastore.formats import FORMATS, Names, RawCells, ReadOptions
+from datastore.manifest import ListedSource
+from datastore.recognition import recognise
+
+LARGEST_COUNT: Final = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One raw file or folder: what a plan of work needs to know of it."""
+
+    path: str
+    name: str
+    """The first part of each cell's name in the store: file name without suffix, or as listed."""
+    format: str
+    """Key of `FORMATS`."""
+    options: ReadOptions
+    """With what was found out: orientation of a table, obs columns that are there."""
+    sha256: str
+    num_cells: int
+    genes: tuple[str, ...]
+    whole: bool = False
+    """Whether opening it decodes it whole, so that all its slices are best read at once."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Column of obs and its value in all cells of the source."""
+
+
+@dataclass(frozen=True)
+class BrokenSource:
+    """A source that cannot be used, and the sentence that says why."""
+
+    path: str
+    reason: str
+
+
+class BrokenSources(ValueError):
+    """Some sources cannot be used. It has them in a list, so that ingest can go on without them."""
+
+    def __init__(self, sources: Sequence[BrokenSource]) -> None:
+        self.sources = sources
+        reasons = [source.reason for source in sources]
+        if len(reasons) == 1:
+            super().__init__(reasons[0])
+        else:
+            listed = "".join(f"\n({place}) {text}" for place, text in enumerate(reasons, 1))
+            super().__init__(f"{len(reasons)} sources cannot be used: {listed}\n")
+
+
+def scan_source(path: Path, layer: str | None) -> Source:
+    """Read a file's size, gene names and digest, and refuse what is not a file of counts.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is none of the formats we read, has no cells, or lacks the layer.
+    """
+    return scan_listed(ListedSource(path), ReadOptions(layer=layer))
+
+
+def scan_listed(listed: ListedSource, options: ReadOptions) -> Source:
+    """Scan a source that was listed with a name or labels; as `scan_source`."""
+    path = listed.path
+    kind = recognise(path)
+    with _damage_named(path), FORMATS[kind](path, options) as cells:
+        if not cells.num_cells:
+            raise ValueError(f"{path} holds no cells; leave it out of the sources")
+        if not cells.genes:
+            raise ValueError(f"{path} holds no genes; leave it out of the sources")
+        options = replace(
+            options,
+            orientation=cells.orientation,
+            obs_columns=tuple(cells.obs),
+            known_genes=frozenset(),
+        )
+        return Source(
+            path=str(path),
+            name=listed.source_name,
+            format=kind,
+            options=options,
+            sha256=_digest(path),
+            num_cells=cells.num_cells,
+            genes=cells.genes,
+            whole=cells.whole,
+            labels=listed.labels,
+        )
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """An open source, read slice by slice."""
+
+    source: Source
+    cells: RawCells
+
+    def counts(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read rows [start, stop) as checked counts.
+
+        Returns:
+            CSR of shape (stop - start, genes of the source), in the file's own number type.
+
+        Raises:
+            ValueError: If the file is damaged, or a count is negative, not finite, or not whole.
+        """
+        path = self.source.path
+        try:
+            matrix = sparse.csr_matrix(self.cells.counts(start, stop))
+            matrix.check_format(full_check=True)
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
+        check_counts(matrix, f"{path}, {self.cells.place}", first_row=start)
+        return matrix
+
+    def cell_names(self, start: int, stop: int) -> Names:
+        """Read the names of rows [start, stop), as `source name/cell name`."""
+        with _damage_named(Path(self.source.path)):
+            names = self.cells.cell_names(start, stop)
+        return np.array([f"{self.source.name}/{name}" for name in names], object)
+
+    def obs(self, start: int, stop: int) -> dict[str, Names]:
+        """Read the obs columns of rows [start, stop) as text, None where a value is missing."""
+        with _damage_named(Path(self.source.path)):
+            columns = {name: read(start, stop) for name, read in self.cells.obs.items()}
+        return {
+            name: np.array([None if value is None else str(value) for value in values], object)
+            for name, values in columns.items()
+        }
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[OpenSource]:
+    """Open a scanned source for reading."""
+    path = Path(source.path)
+    with FORMATS[source.format](path, source.options) as cells:
+        yield OpenSource(source, cells)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what libraries raise on damaged files into a sentence with the file's name."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError):
+        raise
+    except (OSError, LookupError, TypeError, AttributeError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+
+
+def check_counts(matrix: sparse.csr_matrix, where: str, first_row: int = 0) -> None:
+    """Refuse a matrix that does not hold raw counts, with the remedy.
+
+    Args:
+        matrix: Cells by genes, CSR.
+        where: File and place, for the message.
+        first_row: Row of the file that the matrix begins with, for the message.
+    """
+    data = matrix.data
+    if not np.issubdtype(data.dtype, np.number):
+        raise ValueError(f"{where} holds {data.dtype} values; raw counts are needed")
+    problem = ""
+    for kind, bad in (
+        ("a value that is not finite", ~np.isfinite(data)),
+        ("a negative value", data < 0),
+        ("a value that is not whole", data != np.rint(data)),
+        (f"a value above {LARGEST_COUNT}", data > LARGEST_COUNT),
+    ):
+        if bad.any():
+            at = int(np.argmax(bad))
+            row = first_row + int(np.searchsorted(matrix.indptr, at, side="right")) - 1
+            problem = f"{kind} ({data[at]:.6g}, row {row}, column {int(matrix.indices[at])})"
+            break
+    if not problem:
+        return
+    advice = "give the raw counts"
+    if "whole" in problem and data.max() < 20:
+        advice = (
+            "this looks like log-normalised expression: give the raw counts, often found in "
+            "layers['counts'] (--layer counts) or in raw (--layer raw)"
+        )
+    elif "negative" in problem:
+        advice = "this looks like scaled expression: give the raw counts"
+    raise ValueError(f"{where} holds {problem}; {advice}")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and digests of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {_digest(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

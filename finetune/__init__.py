@@ -1,0 +1,1 @@
+"""Cell-type annotation from an exported encoder."""

@@ -1,0 +1,1 @@
+"""Masked-gene reconstruction: the encoder, its training loop, checkpoints and exports."""

@@ -1,0 +1,218 @@
+"""Knobs of pretraining: each is one field of one frozen record."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from datastore.config import BinningConfig, OrderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape of the Performer encoder (scBERT, Methods; the defaults are the published model)."""
+
+    dim: int = 200
+    """Model width, D."""
+    depth: int = 6
+    """Number of Performer blocks."""
+    heads: int = 10
+    """Attention heads, H."""
+    dim_head: int = 64
+    """Width of one head; heads × dim_head may differ from dim."""
+    ff_mult: int = 4
+    """Width of the feed-forward layer in units of dim."""
+    num_features: int | None = None
+    """Random features of the attention; none takes int(dim_head × ln dim_head), 266 for 64."""
+    gene_embedding: Literal["none", "learned", "gene2vec"] = "learned"
+    """What tells genes apart: nothing, a trained table, or frozen gene2vec vectors."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "heads", "dim_head", "ff_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)}; give 1 or more")
+        if self.dim % self.heads:
+            raise ValueError(
+                f"encoder.dim is {self.dim}, not a multiple of encoder.heads {self.heads}"
+            )
+        if self.dim_head < 2 or (self.num_features is not None and self.num_features < 1):
+            raise ValueError("encoder.dim_head must be 2 or more and num_features 1 or more")
+
+    @property
+    def features(self) -> int:
+        """Random features per head, m."""
+        if self.num_features is not None:
+            return self.num_features
+        return int(self.dim_head * math.log(self.dim_head))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gene2VecConfig:
+    """Files of the gene2vec vectors; read when encoder.gene_embedding is gene2vec."""
+
+    vectors: str | None = None
+    """NumPy file of shape (genes, dim)."""
+    names: str | None = None
+    """Text file with the gene name of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Which genes to hide (scBERT, Methods)."""
+
+    ratio: float = 0.15
+    """Share of each cell's expressed genes that become targets, in (0, 1)."""
+    keep_share: float = 0.1
+    """Share of the targets that stay visible all the same, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"masking.ratio is {self.ratio}; give a share between 0 and 1")
+        if not 0 <= self.keep_share < 1:
+            raise ValueError(f"masking.keep_share is {self.keep_share}; give a share below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many cells make a step. The global batch is the same on any number of ranks."""
+
+    global_size: int = 5_760
+    """Cells per optimizer step over all ranks (scBERT: 3 × 60 × 32)."""
+    micro_size: int = 3
+    """Cells in one forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        if self.global_size < 1 or self.micro_size < 1:
+            raise ValueError("batch.global_size and batch.micro_size must be 1 or more")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and step.
+
+        Raises:
+            ValueError: If the global batch cannot be dealt evenly.
+        """
+        cells = self.micro_size * world_size
+        if self.global_size % cells:
+            nearest = self.global_size // cells * cells or cells
+            raise ValueError(
+                f"batch.global_size is {self.global_size}, not a multiple of batch.micro_size "
+                f"{self.micro_size} × {world_size} ranks; {nearest} would be"
+            )
+        return self.global_size // cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam and its learning rate."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    schedule: Literal["constant", "cosine", "restarts"] = "restarts"
+    """After the warm-up: stay, fall once by a cosine, or restart as the published code does."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up (constant, cosine)."""
+    min_lr: float = 1e-6
+    """Lowest learning rate (cosine, restarts)."""
+    restart_epochs: int = 15
+    """Epochs of the first cycle; each following is twice as long (restarts)."""
+    restart_warmup_epochs: int = 5
+    """Epochs of linear warm-up in each cycle (restarts)."""
+    restart_decay: float = 0.9
+    """Factor of the highest rate from one cycle to the next (restarts)."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    clip_norm: float = 100.0
+    """Highest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"optim.lr is {self.lr} and optim.min_lr {self.min_lr}; "
+                "need lr > 0 and 0 <= min_lr <= lr"
+            )
+        if not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}; give a positive norm")
+        if self.warmup_steps < 0 or not 0 <= self.restart_warmup_epochs < self.restart_epochs:
+            raise ValueError(
+                "optim.warmup_steps must be 0 or more, restart_warmup_epochs below restart_epochs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    uri: str | None = None
+    """Tracking server or database; none takes MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite)."""
+    experiment: str = "scbert-pretrain"
+    """Experiment that the run belongs to."""
+    run_name: str | None = None
+    """Name of the run; none takes the output folder's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Masked-gene pretraining of the encoder on a cell store."""
+
+    store: str
+    """Cell store to train on (launchers/build_store.py makes one)."""
+    output: str
+    """Folder for checkpoints, metrics and the export; a run that was stopped continues there."""
+    epochs: int = 1
+    """Passes over all training cells."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps in all; none trains all epochs."""
+    stop_after: int | None = None
+    """Save and stop once this step is reached, leaving the rest for the next start."""
+    seed: int = 0
+    """Seed of weights, order, masks and projections."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    gene2vec: Gene2VecConfig = field(default_factory=Gene2VecConfig)
+    binning: BinningConfig = field(default_factory=BinningConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
+    redraw_every: int = 17
+    """Steps between redraws of the random features, 0 never (scBERT: 1,000 passes, 60 a step)."""
+    validation_share: float = 0.05
+    """Share of the store's cells, from its start, that is held out."""
+    validation_cells: int = 10_000
+    """At most this many of the held-out cells are evaluated each time."""
+    evaluate_every: int = 500
+    """Steps between evaluations on held-out cells; one more ends the training."""
+    save_every: int = 500
+    """Steps between checkpoints; one more ends the training."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+    log_every: int = 10
+    """Steps between log lines."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON with what only DeepSpeed understands (ZeRO, precision); none takes ZeRO 1."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "evaluate_every", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("max_steps", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more, or leave it out")
+        if self.validation_cells < 0:
+            raise ValueError(f"validation_cells is {self.validation_cells}; give 0 or more")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"validation_share is {self.validation_share}; give a share from 0 to below 1"
+            )
+        if self.redraw_every < 0:
+            raise ValueError(f"redraw_every is {self.redraw_every}; give 0 (never) or more")
+        gene2vec = self.encoder.gene_embedding == "gene2vec"
+        if gene2vec and None in (self.gene2vec.vectors, self.gene2vec.names):
+            raise ValueError(
+                "encoder.gene_embedding is gene2vec: name the files with --gene2vec.vectors X.npy "
+                "--gene2vec.names GENES.txt, or train a table (--encoder.gene_embedding learned)"
+            )

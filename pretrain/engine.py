@@ -1,0 +1,231 @@
+"""The door to DeepSpeed: configuration, optimizer steps, resumable state.
+
+Batch sizes, clipping, optimizer and schedule belong to our configuration; a DeepSpeed JSON holds
+what only DeepSpeed understands (ZeRO stage, precision, offload, communication).
+"""
+
+import difflib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
+
+from pretrain.config import PretrainConfig
+from pretrain.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+OWNED: Final = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "steps_per_print": "log_every",
+}
+"""DeepSpeed keys that follow from our fields, and which."""
+
+ALLOWED: Final = frozenset(
+    {
+        "aio",
+        "bf16",
+        "comms_logger",
+        "communication_data_type",
+        "data_types",
+        "flops_profiler",
+        "memory_breakdown",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+"""DeepSpeed keys that a JSON may set. DeepSpeed itself ignores unknown ones without a word."""
+
+
+def read_deepspeed_json(path: str | None) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON; without one, ZeRO stage 1.
+
+    Raises:
+        ValueError: If a key is ours or unknown; the message names our field or the nearest key.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 1}}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    for key in content:
+        if key in OWNED:
+            raise ValueError(f"{path} sets {key!r}; remove it and set {OWNED[key]} instead")
+        if key not in ALLOWED:
+            near = difflib.get_close_matches(key, ALLOWED, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {sorted(ALLOWED)}"
+            raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
+    return content
+
+
+def deepspeed_config(
+    config: PretrainConfig, world_size: int, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Join a checked DeepSpeed JSON with what follows from our configuration."""
+    return {
+        **extra,
+        "train_micro_batch_size_per_gpu": config.batch.micro_size,
+        "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.clip_norm,
+        "steps_per_print": 2**31,
+    }
+
+
+def require_compiler(which: Callable[[str], str | None] = shutil.which) -> None:
+    """Refuse early where DeepSpeed would fail to build its communication kernel on CPU."""
+    if torch.cuda.is_available() or which(os.environ.get("CXX", "g++")):
+        return
+    raise ValueError(
+        "DeepSpeed builds a small C++ kernel at first use and found no compiler; "
+        "install one (Debian, Ubuntu: apt-get install g++)"
+    )
+
+
+def look_at_build_lock(folder: Path, now: float) -> None:
+    """Clear the lock of a compilation that was killed: DeepSpeed would wait for it for ever.
+
+    Args:
+        folder: Where torch keeps compiled extensions.
+        now: Seconds since the epoch; a lock of more than a quarter of an hour belongs to nobody.
+    """
+    for lock in folder.glob("**/deepspeed_*/lock"):
+        try:
+            age = now - lock.stat().st_mtime
+        except FileNotFoundError:  # it was released meanwhile
+            continue
+        if age > 900:
+            log.warning("removing %s, left by a compilation that was killed", lock)
+            lock.unlink(missing_ok=True)
+        else:
+            log.info("another process compiles a kernel; if none does, delete %s", lock)
+
+
+class TrainingEngine:
+    """A DeepSpeed engine behind the few calls that the training loop makes."""
+
+    def __init__(self, model: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
+        require_compiler()
+        look_at_build_lock(
+            Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()), time.time()
+        )
+        extra = read_deepspeed_json(config.deepspeed)
+        deepspeed = _import_deepspeed(ranks)
+        optim = config.optim
+        optimizer = torch.optim.AdamW(
+            [weight for weight in model.parameters() if weight.requires_grad],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(ranks.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, ranks.world_size, extra),
+        )
+        self._gather = deepspeed.zero.GatheredParameters
+        # DeepSpeed divides by both; our loss is already divided by the global number of targets.
+        plain = not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
+        self._plain, self._clip_norm = plain, config.optim.clip_norm
+        self._norm = float("nan")
+        self._undo = ranks.world_size * config.batch.accumulation_steps(ranks.world_size)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the model forward."""
+        return self._engine(*inputs)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model inside; under ZeRO 3 its parameters are sharded."""
+        model: nn.Module = self._engine.module
+        return model
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss: over ranks and micro-batches of a step, a plain sum."""
+        self._engine.backward(loss * self._undo)
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch; at the last of a step, clip and update."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Without ZeRO and in float32 DeepSpeed clips but keeps no norm: take it here, just before.
+        if self._plain and self._engine.is_gradient_accumulation_boundary():
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+            self._norm = float(norm)
+        self._engine.step()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient at the last update, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else self._norm
+
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Full weights on the CPU, on every rank (ZeRO 3 gathers them)."""
+        with self._gather(list(self.model.parameters())):
+            return {
+                name: value.detach().float().cpu().clone()
+                for name, value in self.model.state_dict().items()
+            }
+
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+        """Write this rank's part of a resumable checkpoint."""
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"scbert": dict(state)}, save_latest=False
+        )
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore weights, optimizer and counters; return what `save` was given as state."""
+        path, client = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"DeepSpeed could not load checkpoint {folder / tag}")
+        state: dict[str, Any] = client["scbert"]
+        return state
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    """Import DeepSpeed quietly and let it join the process group."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed builds its kernel with the `ninja` on PATH: take this environment's, activated or
+    # not. Another version of ninja would build the cached kernel again each time they alternate.
+    here = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != here:
+        os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    os.environ.setdefault("RANK", str(ranks.rank))
+    os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    return deepspeed

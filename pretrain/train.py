@@ -1,0 +1,314 @@
+"""The pretraining loop: a cell store in, checkpoints and an export out."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datastore.gene_embedding import load_gene_vectors
+from datastore.genes import GenePanel
+from datastore.loader import CellLoader, TokenBatch, to_tokens
+from datastore.reader import CellReader
+from datastore.sampler import CellOrder, CellSampler
+from datastore.store import CellStore, open_store
+from pretrain.checkpoint import TrainingState, identity, resume, save_checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.distributed import Ranks
+from pretrain.encoder import build_encoder
+from pretrain.engine import TrainingEngine
+from pretrain.evaluate import evaluate
+from pretrain.export import git_commit, write_export
+from pretrain.masking import MaskedBatch, commonest_bins, mask_tokens
+from pretrain.objective import MaskedGeneModel, to_tensors
+from pretrain.schedule import learning_rate
+from pretrain.tracking import Tracker, start_run
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Train, evaluate, checkpoint, and export; continue where an earlier start stopped.
+
+    Args:
+        config: Everything there is to choose.
+        ranks: This process among all.
+
+    Returns:
+        What the run came to: step, total_steps, held-out metrics, folder of the export (none when
+        `stop_after` ended it early), equal on all ranks; and the MLflow run id, which only the
+        first rank knows (none elsewhere).
+    """
+    accumulation = config.batch.accumulation_steps(ranks.world_size)
+    store = open_store(config.store)
+    output = Path(config.output)
+    held_out = int(store.num_cells * config.validation_share)
+    order = CellOrder(held_out, store.num_cells, config.seed, config.order)
+    sampler = CellSampler(
+        order, config.batch.global_size, ranks.rank, ranks.world_size, accumulation
+    )
+    total_steps = config.epochs * sampler.steps_per_epoch
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    stop = min(total_steps, config.stop_after or total_steps)
+
+    reader = CellReader(store)
+    loader = CellLoader(reader, sampler, len(store.panel), config.binning)
+    validation = list(_validation_batches(reader, store, held_out, config, ranks))
+
+    engine = TrainingEngine(_build_model(config, store.panel), config, ranks)
+    who = identity(config, store, ranks.world_size)
+    checkpoints = output / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)  # refuse a read-only folder before training
+    state = resume(checkpoints, engine, who) or TrainingState()
+    if state.step:
+        log.info("continuing at step %d of %d", state.step, total_steps)
+
+    with _start_tracker(config, ranks, state, store) as tracker:
+        state = replace(state, run_id=tracker.run_id)
+        window = _Window()
+        metrics: dict[str, float] = {}
+        for epoch, batches in _steps(loader, state.step, stop, sampler.steps_per_epoch):
+            rate = learning_rate(state.step, sampler.steps_per_epoch, total_steps, config.optim)
+            _redraw(engine, state.step, config)
+            window.add(_training_step(engine, batches, epoch, rate, config, ranks))
+            state = replace(
+                state,
+                step=state.step + 1,
+                cells_seen=min(
+                    state.cells_seen + config.batch.global_size, (epoch + 1) * order.num_cells
+                ),
+            )
+            last = state.step == stop
+            if state.step % config.log_every == 0 or last:
+                numbers = window.finish(ranks) | {
+                    "learning_rate": rate,
+                    "gradient_norm": engine.gradient_norm,
+                    "epoch": state.step / sampler.steps_per_epoch,
+                }
+                tracker.log_metrics(numbers, state.step)
+                _log_step(state.step, total_steps, numbers)
+            if state.step % config.evaluate_every == 0 or last:
+                metrics = evaluate(engine, validation, config, ranks)
+                tracker.log_metrics(metrics, state.step)
+                _log_evaluation(state.step, metrics)
+            if state.step % config.save_every == 0 or last:
+                save_checkpoint(checkpoints, engine, state, who, ranks, config.keep_checkpoints)
+            window.restart_clock()  # what is between two steps is no training time
+        export = None
+        if state.step >= total_steps:
+            metrics = metrics or evaluate(engine, validation, config, ranks)
+            export = _export(engine, store, config, state, metrics, output, ranks)
+            tracker.log_artifacts(export, "export")
+    return {
+        "step": state.step,
+        "total_steps": total_steps,
+        "metrics": metrics,
+        "export": None if export is None else str(export),
+        "run_id": state.run_id,
+    }
+
+
+def _training_step(
+    engine: TrainingEngine,
+    batches: list[TokenBatch],
+    epoch: int,
+    rate: float,
+    config: PretrainConfig,
+    ranks: Ranks,
+) -> NDArray[np.float64]:
+    """One optimizer step; return this rank's loss, correct, rule correct, targets, cells."""
+    masked: list[MaskedBatch] = [
+        mask_tokens(b.tokens, b.positions, config.seed, epoch, config.masking, config.binning)
+        for b in batches
+    ]
+    targets = sum(len(batch.targets) for batch in masked)
+    # Every target of the global batch weighs the same, however ranks and micro-batches share them.
+    (all_targets,) = ranks.sum([targets])
+    sums = np.zeros(5)
+    for batch in masked:
+        loss, correct = engine(*to_tensors(batch, ranks.device))
+        engine.backward(loss / max(1.0, all_targets))
+        engine.step(rate)
+        rule = commonest_bins(batch, config.binning) == batch.targets
+        sums[:3] += [float(loss.detach()), float(correct), float(rule.sum())]
+    sums[3:] = targets, sum(len(batch.positions) for batch in batches)
+    return sums
+
+
+class _Window:
+    """Sums over the steps between two log lines."""
+
+    def __init__(self) -> None:
+        self._sums, self._seconds = np.zeros(5), 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count time from here on: fetching cells and training on them."""
+        self._clock = time.perf_counter()
+
+    def add(self, sums: NDArray[np.float64]) -> None:
+        """Take a step's sums and the time since the clock was started."""
+        self._sums += sums
+        self._seconds += time.perf_counter() - self._clock
+
+    def finish(self, ranks: Ranks) -> dict[str, float]:
+        """Reduce over ranks, begin anew, and return the window's metrics."""
+        loss, correct, rule, targets, cells = ranks.sum(list(self._sums))
+        seconds = self._seconds
+        self._sums, self._seconds = np.zeros(5), 0.0
+        if not np.isfinite(loss):
+            raise ValueError(
+                "the loss is not finite; lower optim.lr or optim.clip_norm and start again from "
+                "the last checkpoint"
+            )
+        targets = max(1.0, targets)
+        return {
+            "loss": loss / targets,
+            "masked_accuracy": correct / targets,
+            "commonest_bin_accuracy": rule / targets,
+            "cells_per_second": cells / seconds,
+        }
+
+
+def _steps(
+    loader: CellLoader, first: int, stop: int, steps_per_epoch: int
+) -> Iterator[tuple[int, list[TokenBatch]]]:
+    """Yield (epoch, micro-batches) of each step from `first` to before `stop`."""
+    step = first
+    while step < stop:
+        epoch, into = divmod(step, steps_per_epoch)
+        for batches in loader.epoch(epoch, into):
+            if step == stop:
+                return
+            yield epoch, batches
+            step += 1
+
+
+def _build_model(config: PretrainConfig, panel: GenePanel) -> MaskedGeneModel:
+    """Model with the same weights on every rank."""
+    vectors = None
+    if config.gene2vec.vectors is not None and config.gene2vec.names is not None:
+        found, share = load_gene_vectors(
+            Path(config.gene2vec.vectors), Path(config.gene2vec.names), panel
+        )
+        if found.shape[1] != config.encoder.dim:
+            raise ValueError(
+                f"gene2vec.vectors have {found.shape[1]} columns but encoder.dim is "
+                f"{config.encoder.dim}; set --encoder.dim {found.shape[1]}"
+            )
+        log.info("gene2vec: vectors for %.1f %% of the panel", 100 * share)
+        vectors = torch.from_numpy(found)
+    if config.encoder.gene_embedding == "none":
+        log.warning(
+            "encoder.gene_embedding is none: without gene identity the published model collapses "
+            "to the commonest-bin rule; use learned or gene2vec"
+        )
+    encoder = build_encoder(config.encoder, config.binning, len(panel), config.seed, vectors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return MaskedGeneModel(encoder)
+
+
+def _redraw(engine: TrainingEngine, step: int, config: PretrainConfig) -> None:
+    """Set the projections that belong to a step; a function of the step, so resuming is exact."""
+    if config.redraw_every:
+        model = engine.model
+        assert isinstance(model, MaskedGeneModel)
+        number = step // config.redraw_every
+        model.encoder.redraw_projections(config.seed, number)
+
+
+def _validation_batches(
+    reader: CellReader, store: CellStore, held_out: int, config: PretrainConfig, ranks: Ranks
+) -> Iterator[TokenBatch]:
+    """This rank's held-out cells, in as many batches as every other rank has."""
+    num_cells = min(held_out, config.validation_cells)
+    per_rank = -(-num_cells // ranks.world_size)
+    share = np.array_split(np.arange(num_cells), ranks.world_size)[ranks.rank]
+    for positions in np.array_split(share, max(1, -(-per_rank // config.batch.micro_size))):
+        yield to_tokens(reader.read(positions), len(store.panel), config.binning)
+
+
+def _start_tracker(
+    config: PretrainConfig, ranks: Ranks, state: TrainingState, store: CellStore
+) -> Tracker:
+    output = Path(config.output)
+    tracker = start_run(
+        config.tracking.uri,
+        config.tracking.experiment,
+        config.tracking.run_name or output.name,
+        is_first=ranks.is_first,
+        run_id=state.run_id,
+        tags={"kind": "pretrain", "git_commit": git_commit() or "unknown"},
+        metrics_path=output / "metrics.jsonl",
+    )
+    tracker.log_params({**asdict(config), "world_size": ranks.world_size})
+    tracker.log_dataset(
+        Path(config.store).name, store.header.store_id, str(config.store), store.num_cells
+    )
+    return tracker
+
+
+def _export(
+    engine: TrainingEngine,
+    store: CellStore,
+    config: PretrainConfig,
+    state: TrainingState,
+    metrics: dict[str, float],
+    output: Path,
+    ranks: Ranks,
+) -> Path:
+    """Write the export on the first rank; all ranks take part in gathering the weights."""
+    weights = engine.whole_weights()
+    model = engine.model
+    assert isinstance(model, MaskedGeneModel)
+    if ranks.is_first:
+        write_export(
+            output / "export",
+            "encoder",
+            model.encoder,
+            store.panel,
+            weights,
+            {
+                "metrics": metrics,
+                "provenance": {
+                    "store_id": store.header.store_id,
+                    "num_cells": store.num_cells,
+                    "step": state.step,
+                    "cells_seen": state.cells_seen,
+                    "seed": config.seed,
+                    "run_id": state.run_id,
+                    "git_commit": git_commit(),
+                },
+            },
+        )
+    ranks.barrier()
+    return output / "export"
+
+
+def _log_step(step: int, total_steps: int, numbers: dict[str, float]) -> None:
+    log.info(
+        "step %d/%d  loss %.4f  masked accuracy %.4f (commonest-bin rule %.4f)  %.1f cells/s",
+        step,
+        total_steps,
+        numbers["loss"],
+        numbers["masked_accuracy"],
+        numbers["commonest_bin_accuracy"],
+        numbers["cells_per_second"],
+    )
+
+
+def _log_evaluation(step: int, metrics: dict[str, float]) -> None:
+    if metrics:
+        log.info(
+            "held-out cells at step %d: loss %.4f  masked accuracy %.4f (commonest-bin rule %.4f)",
+            step,
+            metrics["validation_loss"],
+            metrics["validation_masked_accuracy"],
+            metrics["validation_commonest_bin_accuracy"],
+        )

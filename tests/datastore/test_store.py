@@ -1,0 +1,255 @@
+"""A store is whole or refused: every damage is found, none changes a count in silence."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorstore
+import zarr
+from scipy import sparse
+
+from datastore.genes import GenePanel
+from datastore.reader import CellReader
+from datastore.store import (
+    MANIFEST,
+    ArraySizes,
+    CellStore,
+    StoreFormatError,
+    open_store,
+    verify_store,
+    write_json,
+    write_partition,
+    write_root,
+)
+from tests.support.cells import dense_store, file_bytes, gene_names, random_counts
+
+
+def edit_manifest(store: CellStore, **header: Any) -> None:
+    manifest = json.loads((store.path / MANIFEST).read_text())
+    manifest["header"] |= header
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def flip_bit(path: Path, place: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def write_small_store(
+    folder: Path, counts: np.ndarray[Any, Any], sizes: ArraySizes | None = None
+) -> CellStore:
+    panel = GenePanel(gene_names(counts.shape[1]))
+    obs = pd.DataFrame(index=pd.Index([f"c{row}" for row in range(len(counts))], dtype=object))
+    sizes = sizes or ArraySizes(cells_per_chunk=4, cells_per_shard=16)
+    write_partition(folder / "dataset_0", sparse.csr_matrix(counts), obs, panel, sizes)
+    write_root(folder, panel, [len(counts)], int((counts > 0).sum()), 0, [])
+    return open_store(folder)
+
+
+def test_a_store_opens_as_it_was_written(store: CellStore) -> None:
+    assert store.num_cells == 70
+    assert len(store.header.partitions) == 3
+    assert store.partition_starts.tolist() == [0, *np.cumsum(store.header.partitions)]
+    assert store.header.panel_digest == store.panel.digest
+    assert store.header.num_counts == (dense_store(store) > 0).sum()
+    assert open_store(str(store.path)).header == store.header
+    assert verify_store(store.path) == []
+
+
+def test_the_root_is_a_zarr_group_of_the_parts(store: CellStore) -> None:
+    root = zarr.open_group(store.path, mode="r")
+    assert all(isinstance(root[f"dataset_{number}"], zarr.Group) for number in range(3))
+    assert root.attrs["encoding-type"] == "annbatch-preshuffled"
+
+
+@pytest.mark.parametrize("largest", [65_535, 65_536, 2**32 - 1])
+def test_count_type_fits_the_largest_count(tmp_path: Path, largest: int) -> None:
+    counts = random_counts(0, 30, 9)
+    counts[11, 3] = largest
+    small = write_small_store(tmp_path / "s.zarr", counts)
+    cells = CellReader(small).read(np.arange(30))
+    assert cells.counts.dtype == (np.uint16 if largest < 65_536 else np.uint32)
+    np.testing.assert_array_equal(dense_store(small), counts)
+
+
+def test_a_half_written_part_is_replaced(tmp_path: Path) -> None:
+    counts = random_counts(0, 30, 9)
+    whole = write_small_store(tmp_path / "whole.zarr", counts)
+    folder = tmp_path / "again.zarr"
+    write_small_store(folder, random_counts(1, 30, 9))
+    shutil.rmtree(folder / "dataset_0" / "obs")
+    (folder / "dataset_0" / "stray").write_text("")
+    (folder / (MANIFEST + ".part")).write_text("{")
+    again = write_small_store(folder, counts)
+    assert again.header == whole.header
+    assert file_bytes(folder) == file_bytes(whole.path)
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "note.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(target, {"a": 2, "b": object()})
+    assert json.loads(target.read_text()) == {"a": 1}
+
+
+# --- opening ---
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no cell store at .*absent.*build_store\.py"):
+        open_store(tmp_path / "absent")
+
+
+def test_a_folder_without_manifest_is_not_a_store(copied_store: CellStore) -> None:
+    (copied_store.path / MANIFEST).unlink()
+    for read in (open_store, verify_store):
+        with pytest.raises(StoreFormatError, match=r"not a whole cell store .*manifest\.json"):
+            read(copied_store.path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param('{"header": {"schema_ver', "cannot be read", id="truncated"),
+        pytest.param("", "cannot be read", id="empty"),
+        pytest.param("\ufeff[]", "cannot be read", id="other JSON"),
+        pytest.param('{"header": {}}', "cannot be read", id="no version"),
+        pytest.param('{"header": {"schema_version": 1}}', "is damaged", id="fields missing"),
+    ],
+)
+def test_an_unreadable_manifest_is_refused(
+    copied_store: CellStore, content: str, message: str
+) -> None:
+    (copied_store.path / MANIFEST).write_text(content)
+    with pytest.raises(StoreFormatError, match=message):
+        open_store(copied_store.path)
+
+
+def test_an_unknown_header_field_is_refused(copied_store: CellStore) -> None:
+    edit_manifest(copied_store, colour="blue")
+    with pytest.raises(StoreFormatError, match=r"damaged.*colour"):
+        open_store(copied_store.path)
+
+
+def test_a_newer_schema_is_refused(copied_store: CellStore) -> None:
+    edit_manifest(copied_store, schema_version=2, colour="blue")
+    with pytest.raises(StoreFormatError, match="schema version 2, this program reads 1; update"):
+        open_store(copied_store.path)
+
+
+def test_truncated_and_missing_files_are_named(copied_store: CellStore) -> None:
+    name = "dataset_1/X/data/c/0"
+    path = copied_store.path / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    size = len(content)
+    with pytest.raises(StoreFormatError, match=f"{name} has {size - 1} bytes instead of {size}"):
+        open_store(copied_store.path)
+    path.unlink()
+    with pytest.raises(StoreFormatError, match=f"{name} is missing; copy the store again"):
+        open_store(copied_store.path)
+    assert verify_store(copied_store.path) == [name]
+
+
+def test_another_panel_is_refused(copied_store: CellStore) -> None:
+    names = list(copied_store.panel.names)
+    names[0], names[1] = names[1], names[0]  # the same size in bytes
+    (copied_store.path / "genes.txt").write_text("\n".join(names) + "\n")
+    with pytest.raises(StoreFormatError, match=r"genes\.txt is not the panel"):
+        open_store(copied_store.path)
+
+
+# --- damage ---
+
+
+def test_a_flipped_byte_is_found_in_every_file(copied_store: CellStore) -> None:
+    kinds = set()
+    rng = np.random.default_rng(0)
+    for name in file_bytes(copied_store.path):
+        path = copied_store.path / name
+        before = path.read_bytes()
+        if name == MANIFEST or not before:
+            continue
+        flip_bit(path, int(rng.integers(len(before))), int(rng.integers(8)))
+        assert verify_store(copied_store.path) == [name]
+        path.write_bytes(before)
+        kinds.add(re.sub(r"\d+", "0", name))
+    for kind in ("genes.txt", "dataset_0/zarr.json", "dataset_0/obs/_index/c/0"):
+        assert kind in kinds
+    for array in ("data", "indices", "indptr"):
+        assert {f"dataset_0/X/{array}/c/0", f"dataset_0/X/{array}/zarr.json"} <= kinds
+    assert verify_store(copied_store.path) == []
+
+
+def test_an_altered_list_of_files_is_found(copied_store: CellStore) -> None:
+    manifest = json.loads((copied_store.path / MANIFEST).read_text())
+    del manifest["files"]["dataset_1/X/data/c/0"]
+    (copied_store.path / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_store(copied_store.path) == [MANIFEST]
+
+
+@pytest.mark.parametrize("array", ["data", "indices", "indptr"])
+def test_reading_finds_flipped_bits_or_is_not_touched(tmp_path: Path, array: str) -> None:
+    counts = random_counts(2, 300, 40)  # several chunks of 1,024 counts in a shard
+    small = write_small_store(
+        tmp_path / "s.zarr", counts, ArraySizes(cells_per_chunk=64, cells_per_shard=128)
+    )
+    shards = sorted((small.path / "dataset_0" / "X" / array / "c").iterdir())
+    assert array == "indptr" or len(shards) > 1
+    rng = np.random.default_rng(3)
+    expected = CellReader(small).read(np.arange(300))
+    caught = 0
+    for flip in range(100):
+        path = shards[flip % len(shards)]
+        before = path.read_bytes()
+        flip_bit(path, int(rng.integers(len(before))), int(rng.integers(8)))
+        try:
+            cells = CellReader(small).read(np.arange(300))
+        except StoreFormatError as error:
+            caught += "copy the store again or rebuild it" in str(error)
+        else:
+            np.testing.assert_array_equal(cells.indptr, expected.indptr)
+            np.testing.assert_array_equal(cells.genes, expected.genes)
+            np.testing.assert_array_equal(cells.counts, expected.counts)
+        path.write_bytes(before)
+    assert caught == 100  # every byte of a shard is either a chunk, its sum, or the index
+
+
+@pytest.mark.parametrize("array", ["data", "indices", "indptr"])
+def test_a_file_that_goes_missing_is_not_read_as_zeros(copied_store: CellStore, array: str) -> None:
+    reader = CellReader(copied_store)
+    shutil.rmtree(copied_store.partition_path(0) / "X" / array / "c")
+    with pytest.raises(StoreFormatError, match="damaged"):
+        reader.read(np.array([0]))
+
+
+def test_a_panel_of_one_gene_has_all_its_chunks(tmp_path: Path) -> None:
+    # All gene places are 0, Zarr's fill value, which it would rather not write.
+    small = write_small_store(tmp_path / "s.zarr", np.arange(1, 31)[:, None])
+    assert CellReader(small).read(np.arange(30)).counts.tolist() == list(range(1, 31))
+
+
+def test_damaged_array_metadata_is_refused(copied_store: CellStore) -> None:
+    (copied_store.partition_path(0) / "X" / "data" / "zarr.json").write_text("{")
+    with pytest.raises(StoreFormatError, match="cannot be read"):
+        CellReader(copied_store).read(np.array([0]))
+
+
+def test_two_readers_agree_on_the_format(store: CellStore) -> None:
+    """zarr-python and TensorStore decode the same arrays."""
+    for number in range(len(store.header.partitions)):
+        group = zarr.open_group(store.partition_path(number), mode="r")
+        for name in ("data", "indices", "indptr"):
+            array = group[f"X/{name}"]
+            assert isinstance(array, zarr.Array)
+            path = f"{store.partition_path(number)}/X/{name}/"
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+            theirs = tensorstore.open(spec, open=True).result().read().result()
+            np.testing.assert_array_equal(np.asarray(array[:]), theirs)

@@ -1,0 +1,170 @@
+"""Fine-tuning on easy cells: what learns, what stays, what is reported and tracked."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from finetune.annotate import annotate
+from finetune.config import AnnotateConfig, FinetuneConfig, HeadConfig, LabelledConfig
+from finetune.train import FinetuneResult, finetune, read_history
+from pretrain.config import TrackingConfig
+from pretrain.export import read_export
+from tests.support.labelled import GENES, TYPES, write_encoder, write_labelled
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    write_encoder(folder / "encoder")
+    write_labelled(folder / "train.h5ad", 120, seed=0)
+    write_labelled(folder / "test.h5ad", 45, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        encoder=str(folder / "encoder"),
+        data=LabelledConfig(path=str(folder / "train.h5ad"), test_path=str(folder / "test.h5ad")),
+        output=str(folder / "run"),
+        head=HeadConfig(hidden=32, bottleneck=8),
+        epochs=12,
+        batch_size=8,
+        lr=5e-3,
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="test"),
+    )
+
+
+@pytest.fixture(scope="module")
+def result(config: FinetuneConfig) -> FinetuneResult:
+    return finetune(config, CPU)
+
+
+def test_easy_types_are_learnt_and_baselines_stand_beside(result: FinetuneResult) -> None:
+    assert result.scores.accuracy > 0.9
+    by_name = {baseline.name: baseline.scores for baseline in result.baselines}
+    assert by_name["majority"].accuracy == pytest.approx(1 / 3)
+    assert by_name["logistic regression"].accuracy > 0.9
+    assert {baseline.scores.num_cells for baseline in result.baselines} == {45}
+    assert result.scores.num_cells == 45
+    for word in ("scBERT", "majority", "logistic regression"):
+        assert word in result.table
+    assert "45 test cells" in result.verdict
+
+
+def test_run_export_and_figures_are_kept(config: FinetuneConfig, result: FinetuneResult) -> None:
+    assert result.run_id is not None
+    run = MlflowClient(config.tracking.uri).get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["accuracy"] == pytest.approx(result.scores.accuracy)
+    assert run.data.params["head.hidden"] == "32"
+    assert run.data.tags["pretrained"] == config.encoder
+    output = Path(config.output)
+    assert (output / "figures" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    metadata = read_export(result.export, "classifier").metadata
+    assert metadata["provenance"]["run_id"] == result.run_id
+    assert metadata["metrics"]["accuracy"] == pytest.approx(result.scores.accuracy)
+    assert json.loads((output / "scores.json").read_text())["verdict"] == result.verdict
+
+
+def test_frozen_encoder_is_exported_as_it_was(
+    config: FinetuneConfig, result: FinetuneResult
+) -> None:
+    before = read_export(config.encoder).weights
+    after = read_export(result.export).weights
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("train", "learns", "stays"),
+    [
+        pytest.param("last_block", "layers.1.", "layers.0.", id="last block"),
+        pytest.param("all", "layers.0.", "projection_matrix", id="all"),
+    ],
+)
+def test_what_trains_is_chosen_by_name(
+    config: FinetuneConfig, folder: Path, train: str, learns: str, stays: str
+) -> None:
+    changed = replace(config, train=train, epochs=1, output=str(folder / train), encoder_lr=1e-2)  # type: ignore[arg-type]
+    before = read_export(config.encoder).weights
+    after = read_export(finetune(changed, CPU).export).weights
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert any(learns in name for name in moved)
+    assert not any(stays in name for name in moved)
+
+
+def test_cached_states_train_the_same_head(
+    config: FinetuneConfig, result: FinetuneResult, folder: Path
+) -> None:
+    uncached = replace(config, cache_gigabytes=0.0, output=str(folder / "uncached"))
+    again = finetune(uncached, CPU)
+    np.testing.assert_array_equal(again.scores.confusion, result.scores.confusion)
+    losses = [
+        [line["loss"] for line in read_history(Path(run) / "metrics.jsonl") if "loss" in line]
+        for run in (config.output, uncached.output)
+    ]
+    # the same products in other batch shapes; worst seen 1e-6 relative
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_annotation_adds_columns_and_changes_nothing_else(
+    result: FinetuneResult, folder: Path
+) -> None:
+    before = anndata.read_h5ad(folder / "test.h5ad")
+    query = before.copy()
+    del query.obs["cell_type"]
+    query.layers["kept"] = query.X.copy()
+    query.write_h5ad(folder / "query.h5ad")
+    raw = (folder / "query.h5ad").read_bytes()
+    done = annotate(
+        AnnotateConfig(
+            model=str(result.export),
+            input=str(folder / "query.h5ad"),
+            output=str(folder / "out" / "labelled.h5ad"),
+        ),
+        CPU,
+    )
+    assert (folder / "query.h5ad").read_bytes() == raw
+    after = anndata.read_h5ad(folder / "out" / "labelled.h5ad")
+    assert list(after.obs_names) == list(before.obs_names)
+    assert list(after.var_names) == list(GENES)
+    assert (after.X != before.X).nnz == 0
+    assert (after.layers["kept"] != before.X).nnz == 0
+    accuracy = float((after.obs["scbert_label"].astype(str) == before.obs["cell_type"]).mean())
+    assert accuracy == pytest.approx(result.scores.accuracy)
+    probabilities = after.obsm["scbert_prob"]
+    assert probabilities.shape == (45, len(TYPES))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(after.obs["scbert_confidence"], probabilities.max(axis=1))
+    assert (after.obs["scbert_novel"] == (after.obs["scbert_confidence"] < 0.5)).all()
+    assert after.obsm["X_scbert"].shape == (45, 8)
+    assert after.uns["scbert"]["novelty_threshold"] == 0.5
+    lines = done.table.read_text().splitlines()
+    assert lines[0] == "cell,scbert_label,scbert_confidence,scbert_novel"
+    assert len(lines) == 46
+    assert not list((folder / "out").glob("*.part"))
+
+
+def test_genes_in_another_order_give_the_same_labels(result: FinetuneResult, folder: Path) -> None:
+    cells = anndata.read_h5ad(folder / "test.h5ad")
+    cells[:, cells.var_names[::-1]].copy().write_h5ad(folder / "reversed.h5ad")
+    labels = []
+    for name in ("test", "reversed"):
+        done = annotate(
+            AnnotateConfig(
+                model=str(result.export),
+                input=str(folder / f"{name}.h5ad"),
+                output=str(folder / "out" / f"{name}.h5ad"),
+            ),
+            CPU,
+        )
+        labels.append(list(done.adata.obs["scbert_label"]))
+    assert labels[0] == labels[1]

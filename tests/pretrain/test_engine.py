@@ -1,0 +1,112 @@
+"""What a DeepSpeed JSON may say, and what is refused before DeepSpeed starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.engine import (
+    OWNED,
+    deepspeed_config,
+    look_at_build_lock,
+    read_deepspeed_json,
+    require_compiler,
+)
+from tests.support.tiny import tiny_config
+
+
+def write(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({}, id="empty"),
+        pytest.param({"zero_optimization": {"stage": 3}}, id="a stage"),
+        pytest.param({"bf16": {"enabled": True}, "wall_clock_breakdown": True}, id="precision"),
+    ],
+)
+def test_json_is_handed_on(content: dict[str, Any], tmp_path: Path) -> None:
+    assert read_deepspeed_json(write(tmp_path, content)) == content
+
+
+def test_without_a_json_zero_1_is_taken() -> None:
+    assert read_deepspeed_json(None) == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *(
+            pytest.param(
+                {key: 1}, rf"sets '{key}'; remove it and set {field.split('*')[0]}", id=key
+            )
+            for key, field in OWNED.items()
+        ),
+        pytest.param({"gradient_cliping": 1}, "unknown key 'gradient_cliping'", id="misspelt"),
+        pytest.param({"zero_optimisation": {}}, "did you mean 'zero_optimization'", id="near"),
+        pytest.param({"fp16": {}}, "did you mean 'bf16'", id="other precision"),
+        pytest.param({"xyz": {}}, "allowed are .*'zero_optimization'", id="far"),
+        pytest.param("{stage: 1}", "is not JSON", id="not JSON"),
+        pytest.param("[1]", "one JSON object", id="a list"),
+    ],
+)
+def test_json_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_deepspeed_json(write(tmp_path, content))
+
+
+def test_binary_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.json").write_bytes(b"\x80\x05\xff")
+
+    with pytest.raises(ValueError, match=r"weights\.json is not JSON"):
+        read_deepspeed_json(str(tmp_path / "weights.json"))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"zero\.json"):
+        read_deepspeed_json(str(tmp_path / "zero.json"))
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
+def test_batch_sizes_follow_from_our_configuration(world_size: int, accumulation: int) -> None:
+    joined = deepspeed_config(tiny_config("s", "o"), world_size, {"bf16": {"enabled": True}})
+
+    assert joined["train_micro_batch_size_per_gpu"] == 4
+    assert joined["gradient_accumulation_steps"] == accumulation
+    assert joined["gradient_clipping"] == 100.0
+    assert joined["bf16"] == {"enabled": True}
+
+
+def test_uneven_global_batch_is_refused_with_one_that_would_do() -> None:
+    with pytest.raises(ValueError, match=r"multiple of batch\.micro_size 4 × 3 ranks; 12"):
+        deepspeed_config(tiny_config("s", "o"), 3, {})
+
+
+def test_missing_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ValueError, match=r"found no compiler; install one \(.*apt-get install g"):
+        require_compiler(which=lambda _: None)
+    require_compiler(which=lambda name: f"/usr/bin/{name}")
+
+
+@pytest.mark.parametrize(
+    ("age", "stays"),
+    [pytest.param(1000.0, False, id="forgotten"), pytest.param(60.0, True, id="in use")],
+)
+def test_a_forgotten_build_lock_is_cleared(
+    age: float, stays: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with caplog.at_level("INFO"):
+        look_at_build_lock(tmp_path, lock.stat().st_mtime + age)
+    assert lock.exists() == stays
+    assert str(lock) in caplog.text

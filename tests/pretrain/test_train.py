@@ -1,0 +1,333 @@
+"""The training loop with real DeepSpeed, on one rank and on two.
+
+Every start of processes costs seconds: three of them train all configurations, tests look at what
+came of it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datastore.loader import to_tokens
+from datastore.reader import CellReader
+from datastore.sampler import CellOrder
+from datastore.store import open_store
+from pretrain import train
+from pretrain.config import PretrainConfig
+from pretrain.distributed import Ranks
+from pretrain.engine import TrainingEngine
+from pretrain.export import read_export
+from pretrain.masking import mask_tokens
+from pretrain.objective import to_tensors
+from pretrain.schedule import learning_rate
+from tests.support.ranks import run_ranks
+from tests.support.tiny import ENCODER, NUM_CELLS, tiny_config, tiny_store
+
+pytestmark = pytest.mark.multiprocess
+
+HELD_OUT = 15
+EMPTY_CELL = 20
+STEPS = 8
+Lines = dict[int, dict[str, float]]
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of one training; plain values that travel between processes."""
+
+    result: dict[str, Any]
+    error: str
+    weights_digest: str
+    positions: list[tuple[int, list[int]]]
+    """Epoch and store positions of each micro-batch trained on."""
+
+
+def train_each(ranks: Ranks, configs: dict[str, PretrainConfig]) -> dict[str, Outcome]:
+    """Run several trainings in this process, one after another."""
+    return {name: train_one(ranks, config) for name, config in configs.items()}
+
+
+def train_one(ranks: Ranks, config: PretrainConfig) -> Outcome:
+    outcome = Outcome({}, "", "", [])
+    engines: list[TrainingEngine] = []
+
+    class Watched(TrainingEngine):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            engines.append(self)
+
+    def recording(tokens: Any, positions: Any, seed: int, epoch: int, *rest: Any) -> Any:
+        outcome.positions.append((epoch, positions.tolist()))
+        return mask_tokens(tokens, positions, seed, epoch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "TrainingEngine", Watched)
+        patch.setattr(train, "mask_tokens", recording)
+        try:
+            outcome.result = train.pretrain(config, ranks)
+        except ValueError as error:
+            outcome.error = f"{type(error).__name__}: {error}"
+        else:
+            weights = engines[0].whole_weights()  # projections are among them
+            joined = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+            outcome.weights_digest = hashlib.sha256(joined).hexdigest()
+    return outcome
+
+
+@dataclass
+class Trainings:
+    """All trainings of this module."""
+
+    folder: Path
+    one: dict[str, Outcome]
+    two: list[dict[str, Outcome]]
+
+    def config(self, name: str) -> PretrainConfig:
+        return tiny_config(self.folder / "store", self.folder / name)
+
+    def lines(self, name: str) -> Lines:
+        """Metrics by step; of a step that was logged twice the later line counts."""
+        lines: Lines = {}
+        for text in (self.folder / name / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            lines[line["step"]] = lines.get(line["step"], {}) | line
+        return lines
+
+    def series(self, name: str, metric: str) -> NDArray[np.float64]:
+        return np.array([line[metric] for _, line in sorted(self.lines(name).items())])
+
+    def export(self, name: str) -> dict[str, Tensor]:
+        return read_export(self.folder / name / "export", "encoder").weights
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    folder = tmp_path_factory.mktemp("trainings")
+    store = tiny_store(folder / "store", empty=EMPTY_CELL).path
+    other_store = tiny_store(folder / "other_store", 48).path
+
+    def config(name: str, **changes: Any) -> PretrainConfig:
+        return replace(tiny_config(store, folder / name), **changes)
+
+    def stage(number: int, **more: Any) -> str:
+        path = folder / f"zero{number}{'_'.join(more)}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": number}, **more}))
+        return str(path)
+
+    first = {
+        "straight": config("straight"),
+        "stopped": config("stopped", stop_after=3),
+        "short": config("short", max_steps=2, validation_share=0.0),
+        **{f"zero{n}": config(f"zero{n}", deepspeed=stage(n)) for n in (0, 2, 3)},
+        "bf16": config("bf16", deepspeed=stage(1, bf16={"enabled": True}), max_steps=2),
+    }
+    changed = {
+        "other store": config("stopped", store=str(other_store)),
+        "other seed": config("stopped", seed=1),
+        "other encoder": config("stopped", encoder=replace(ENCODER, depth=1)),
+        "continued": config("stopped"),
+        "again": config("stopped"),
+    }
+    on_two = {
+        "two": config("two"),
+        "two_zero3": config("two_zero3", deepspeed=stage(3)),
+        "two_stopped": config("two_stopped", stop_after=3),
+        "two_continued": config("two_stopped"),
+        "other world size": config("stopped"),
+    }
+    one = run_ranks(train_each, 1, folder, first)[0]
+    one |= run_ranks(train_each, 1, folder, changed)[0]
+    return Trainings(folder, one, run_ranks(train_each, 2, folder, on_two))
+
+
+def plain_training(config: PretrainConfig) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The same training without DeepSpeed, ranks or micro-batches: losses, norms, weights."""
+    store = open_store(config.store)
+    order = CellOrder(HELD_OUT, NUM_CELLS, config.seed, config.order)
+    reader, cpu = CellReader(store), torch.device("cpu")
+    model = train._build_model(config, store.panel)
+    optimizer = torch.optim.AdamW(model.parameters(), config.optim.lr, weight_decay=0.0)
+    losses, norms = [], []
+    for step in range(STEPS):
+        epoch, into = divmod(step, 4)
+        places = np.arange(16 * into, min(16 * into + 16, order.num_cells))
+        batch = to_tokens(
+            reader.read(order.positions(epoch, places)), len(store.panel), config.binning
+        )
+        masked = mask_tokens(
+            batch.tokens, batch.positions, config.seed, epoch, config.masking, config.binning
+        )
+        model.encoder.redraw_projections(config.seed, step // config.redraw_every)
+        loss = model(*to_tensors(masked, cpu)).loss / len(masked.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 4, STEPS, config.optim)
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms, {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((value - other[name]).abs().max()) for name, value in one.items())
+
+
+class TestOneRank:
+    def test_result(self, trainings: Trainings) -> None:
+        result = trainings.one["straight"].result
+
+        assert (result["step"], result["total_steps"]) == (STEPS, STEPS)
+        assert result["export"] == str(trainings.folder / "straight" / "export")
+        assert list(result["metrics"]) == [
+            "validation_loss",
+            "validation_masked_accuracy",
+            "validation_commonest_bin_accuracy",
+        ]
+        assert len(trainings.lines("straight")) == STEPS
+
+    def test_equals_plain_pytorch(self, trainings: Trainings) -> None:
+        losses, norms, weights = plain_training(trainings.config("straight"))
+
+        np.testing.assert_allclose(trainings.series("straight", "loss"), losses, rtol=1e-6)
+        np.testing.assert_allclose(trainings.series("straight", "gradient_norm"), norms, rtol=1e-6)
+        # Worst: losses and norms 1.1e-7 relative, weights 1.2e-7 after 8 steps.
+        assert largest_difference(trainings.export("straight"), weights) < 2e-6
+
+    def test_a_cell_without_expressed_genes_does_no_harm(self, trainings: Trainings) -> None:
+        trained_on = [p for _, batch in trainings.one["straight"].positions for p in batch]
+
+        assert trained_on.count(EMPTY_CELL) == 2
+        assert np.isfinite(trainings.series("straight", "loss")).all()
+        assert all(bool(w.isfinite().all()) for w in trainings.export("straight").values())
+
+    def test_stopping_and_continuing_changes_nothing(self, trainings: Trainings) -> None:
+        stopped, continued = trainings.one["stopped"].result, trainings.one["continued"].result
+
+        assert (stopped["step"], stopped["export"]) == (3, None)
+        assert continued["step"] == STEPS
+        assert continued["run_id"] == stopped["run_id"] is not None
+        for metric in ("loss", "gradient_norm", "learning_rate", "masked_accuracy", "epoch"):
+            resumed, straight = (trainings.series(n, metric) for n in ("stopped", "straight"))
+            np.testing.assert_array_equal(resumed, straight)
+        one, other = trainings.export("stopped"), trainings.export("straight")
+        assert set(one) == set(other)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert continued["metrics"] == trainings.one["straight"].result["metrics"]
+
+    def test_starting_a_finished_training_again_only_exports(self, trainings: Trainings) -> None:
+        continued, again = trainings.one["continued"], trainings.one["again"]
+
+        assert again.positions == []
+        assert again.result == continued.result
+        assert again.weights_digest == continued.weights_digest
+
+    @pytest.mark.parametrize(
+        ("name", "field"),
+        [
+            ("other store", "store_id = "),
+            ("other seed", "seed = 0, now it is 1"),
+            ("other encoder", "encoder.depth = 2, now it is 1"),
+        ],
+    )
+    def test_checkpoint_of_another_training_is_refused(
+        self, name: str, field: str, trainings: Trainings
+    ) -> None:
+        error = trainings.one[name].error
+
+        assert error.startswith("CheckpointMismatchError: ")
+        assert f"step_00000003 was trained with {field}" in error
+
+    def test_max_steps_and_no_held_out_cells(self, trainings: Trainings) -> None:
+        result = trainings.one["short"].result
+
+        assert (result["step"], result["total_steps"], result["metrics"]) == (2, 2, {})
+        assert (Path(result["export"]) / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
+    def test_every_zero_stage_trains_alike(self, name: str, trainings: Trainings) -> None:
+        assert trainings.one[name].error == ""
+        for metric in ("loss", "gradient_norm"):
+            one, other = (trainings.series(n, metric) for n in (name, "straight"))
+            np.testing.assert_allclose(one, other, rtol=1e-6)  # worst 6.4e-8 (norm, ZeRO 3)
+        difference = largest_difference(trainings.export(name), trainings.export("straight"))
+        assert difference < 2e-6  # worst 0
+
+    def test_bf16_trains_nearly_alike(self, trainings: Trainings) -> None:
+        one, other = trainings.series("bf16", "loss"), trainings.series("straight", "loss")[:2]
+
+        np.testing.assert_allclose(one, other, rtol=0.01)  # worst 1.5e-3
+
+    def test_checkpoints_are_published_and_pruned(self, trainings: Trainings) -> None:
+        folder = trainings.folder / "stopped" / "checkpoints"
+
+        assert json.loads((folder / "latest").read_text()) == "step_00000008"
+        assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000004", "step_00000008"]
+
+
+class TestTwoRanks:
+    def test_weights_and_projections_are_equal_on_all_ranks(self, trainings: Trainings) -> None:
+        for name in ("two", "two_zero3", "two_continued"):
+            digests = {rank[name].weights_digest for rank in trainings.two}
+            assert len(digests) == 1
+            assert digests != {""}
+
+    def test_results_are_equal_but_for_the_run(self, trainings: Trainings) -> None:
+        first, second = (rank["two"].result for rank in trainings.two)
+
+        assert first["run_id"] is not None
+        assert second == {**first, "run_id": None}
+
+    @pytest.mark.parametrize("name", ["two", "two_zero3"])
+    def test_every_cell_is_seen_once_an_epoch(self, name: str, trainings: Trainings) -> None:
+        for epoch in (0, 1):
+            seen = [
+                position
+                for rank in trainings.two
+                for e, batch in rank[name].positions
+                for position in batch
+                if e == epoch
+            ]
+            assert sorted(seen) == list(range(HELD_OUT, NUM_CELLS))
+
+    def test_last_batch_leaves_a_rank_without_cells(self, trainings: Trainings) -> None:
+        shares = [[len(batch) for _, batch in rank["two"].positions] for rank in trainings.two]
+
+        # 16 a step: 2 micro-batches of 4 on each rank, three times, then the 49th cell.
+        assert shares[0] == [4, 4, 4, 4, 4, 4, 1, 0] * 2
+        assert shares[1] == [4, 4, 4, 4, 4, 4, 0, 0] * 2
+
+    @pytest.mark.parametrize("name", ["two", "two_zero3"])
+    def test_two_ranks_train_as_one_does(self, name: str, trainings: Trainings) -> None:
+        for metric in ("loss", "gradient_norm"):
+            two, one = (trainings.series(n, metric) for n in (name, "straight"))
+            np.testing.assert_allclose(two, one, rtol=1e-6)  # worst 1.0e-7
+        difference = largest_difference(trainings.export(name), trainings.export("straight"))
+        assert difference < 2e-6  # worst 1.2e-7
+
+    def test_held_out_metrics_are_those_of_one_rank(self, trainings: Trainings) -> None:
+        for step in (4, 8):
+            two, one = (trainings.lines(name)[step] for name in ("two", "straight"))
+            for metric in trainings.one["straight"].result["metrics"]:
+                assert two[metric] == pytest.approx(one[metric], rel=1e-6)  # worst 2.4e-8
+
+    def test_stopping_and_continuing_changes_nothing(self, trainings: Trainings) -> None:
+        resumed, straight = (trainings.series(n, "loss") for n in ("two_stopped", "two"))
+
+        np.testing.assert_array_equal(resumed, straight)
+        one, other = trainings.export("two_stopped"), trainings.export("two")
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+    def test_checkpoint_of_one_rank_is_refused(self, trainings: Trainings) -> None:
+        for rank in trainings.two:
+            error = rank["other world size"].error
+            assert "was trained with world_size = 1, now it is 2" in error
