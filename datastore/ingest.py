@@ -56,13 +56,19 @@ from datastore.sources import (
 )
 from datastore.store import (
     MANIFEST,
-    ArraySizes,
+    RECORDS,
     CellStore,
     StoreFormatError,
+    generation_folder,
     open_store,
     write_json,
+)
+from datastore.store_writing import (
+    ArraySizes,
+    write_manifest,
     write_measured,
     write_partition,
+    write_record,
     write_root,
 )
 
@@ -219,19 +225,22 @@ def _write_store(
         ],
     )
     store_folder = _collect_parts(building, written)
+    partitions = [cells for cells, _ in written if cells]
+    compute("digest", [(write_record, store_folder, number) for number in range(len(partitions))])
+    write_measured(
+        store_folder, np.stack([measured_genes(places, len(panel)) for places, _ in matches])
+    )
     write_report(
-        store_folder,
+        generation_folder(store_folder, 0),
         [replace(line, source=s.name) for s, (_, line) in zip(sources, matches, strict=True)],
         _shares_of_counts(building, slices, len(sources)),
         tables,
     )
-    write_measured(
-        store_folder, np.stack([measured_genes(places, len(panel)) for places, _ in matches])
-    )
-    write_root(
+    write_root(store_folder, panel)
+    write_manifest(
         store_folder,
         panel,
-        [cells for cells, _ in written if cells],
+        partitions,
         sum(counts for _, counts in written),
         config.seed,
         _source_lines(sources, slices, spools, [line for _, line in matches]),
@@ -480,7 +489,7 @@ def _shares_of_counts(building: Path, slices: Sequence[Slice], num_sources: int)
 def _collect_parts(building: Path, written: list[tuple[int, int]]) -> Path:
     """Give the parts that hold cells consecutive numbers inside one folder."""
     folder = building / "store"
-    folder.mkdir(exist_ok=True)
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     filled = [number for number, (cells, _) in enumerate(written) if cells]
     for place, number in enumerate(filled):
         part = building / "parts" / f"dataset_{number}"
@@ -567,6 +576,7 @@ def _source_lines(
     return [
         {
             "name": source.name,
+            "generation": 0,
             "sha256": source.sha256,
             "cells": source.num_cells,
             "cells_kept": int(cells),

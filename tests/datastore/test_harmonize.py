@@ -150,8 +150,10 @@ def test_a_store_of_three_naming_habits_equals_a_loop(
     assert set(built.panel.names) == genes
     assert verify_store(built.path) == []
     manifest = json.loads((built.path / "manifest.json").read_text())
-    assert {"harmonization.json", "harmonization.txt", "measured.npy"} <= manifest["files"].keys()
-    report = json.loads((built.path / "harmonization.json").read_text())
+    folder = "records/generation_0"
+    names = {f"{folder}/{name}" for name in ("harmonization.json", "harmonization.txt")}
+    assert names | {f"{folder}/measured.npy"} <= manifest["files"].keys()
+    report = json.loads((built.path / folder / "harmonization.json").read_text())
     shares = {line["source"]: line["share_of_counts_kept"] for line in report["sources"]}
     stored = {
         (source, int(row)): counts
@@ -224,6 +226,6 @@ def test_a_gene_not_measured_is_told_from_zero(store: CellStore) -> None:
 
 def test_a_store_without_measured_genes_says_so(copied_store: CellStore) -> None:
     opened = open_store(copied_store.path)
-    (copied_store.path / "measured.npy").unlink()
+    (copied_store.path / "records/generation_0/measured.npy").unlink()
     with pytest.raises(StoreFormatError, match=r"measured\.npy is missing\); rebuild it"):
         opened.measured("alpha")

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from datastore import ingest, store
+from datastore import ingest, store_writing
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
 from datastore.sources import OpenSource
-from datastore.store import CellStore, StoreFormatError, open_store, verify_store, write_root
+from datastore.store import CellStore, StoreFormatError, open_store, verify_store
+from datastore.store_writing import write_manifest
 from tests.support.cells import (
     RawCells,
     align_by_hand,
@@ -264,8 +265,8 @@ class Stop:
         pytest.param(ingest, "_save_spool", 6, 9, id="among the slices"),
         pytest.param(ingest, "write_partition", 1, 3, id="at the first part"),
         pytest.param(ingest, "write_partition", 3, 3, id="at the last part"),
-        pytest.param(store, "_write_array", 5, 9, id="within a part"),
-        pytest.param(ingest, "write_root", 1, 1, id="before the manifest"),
+        pytest.param(store_writing, "_write_array", 5, 9, id="within a part"),
+        pytest.param(ingest, "write_manifest", 1, 1, id="before the manifest"),
         pytest.param(ingest, "_publish", 1, 1, id="before publishing"),
     ],
 )
@@ -326,10 +327,10 @@ def test_a_changed_plan_begins_anew(
 
 KILLED = """
 import os, signal, sys
-from datastore import ingest, store
+from datastore import ingest, store_writing
 from tests.support.cells import store_config
 
-write_array, calls = store._write_array, []
+write_array, calls = store_writing._write_array, []
 
 def write_and_die(*arguments):
     calls.append(1)
@@ -338,7 +339,7 @@ def write_and_die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    store._write_array = write_and_die
+    store_writing._write_array = write_and_die
     ingest.build_store(store_config(sys.argv[2:], sys.argv[1], workers=1))
 """
 
@@ -633,9 +634,9 @@ def test_two_ingests_at_once_are_refused(
     def try_again(*arguments: Any) -> Any:
         with pytest.raises(StoreFormatError, match="another ingest"):
             build_store(config)
-        return write_root(*arguments)
+        return write_manifest(*arguments)
 
-    monkeypatch.setattr(ingest, "write_root", try_again)
+    monkeypatch.setattr(ingest, "write_manifest", try_again)
     assert build_store(config).num_cells == 70
 
 

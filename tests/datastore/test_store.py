@@ -17,13 +17,17 @@ from datastore.genes import GenePanel
 from datastore.reader import CellReader
 from datastore.store import (
     MANIFEST,
-    ArraySizes,
     CellStore,
     StoreFormatError,
     open_store,
     verify_store,
     write_json,
+)
+from datastore.store_writing import (
+    ArraySizes,
+    write_manifest,
     write_partition,
+    write_record,
     write_root,
 )
 from tests.support.cells import dense_store, file_bytes, gene_names, random_counts
@@ -48,7 +52,9 @@ def write_small_store(
     obs = pd.DataFrame(index=pd.Index([f"c{row}" for row in range(len(counts))], dtype=object))
     sizes = sizes or ArraySizes(cells_per_chunk=4, cells_per_shard=16)
     write_partition(folder / "dataset_0", sparse.csr_matrix(counts), obs, panel, sizes)
-    write_root(folder, panel, [len(counts)], int((counts > 0).sum()), 0, [])
+    write_root(folder, panel)
+    write_record(folder, 0)
+    write_manifest(folder, panel, [len(counts)], int((counts > 0).sum()), 0, [])
     return open_store(folder)
 
 
@@ -144,8 +150,8 @@ def test_a_newer_schema_is_refused(copied_store: CellStore) -> None:
         open_store(copied_store.path)
 
 
-def test_truncated_and_missing_files_are_named(copied_store: CellStore) -> None:
-    name = "dataset_1/X/data/c/0"
+@pytest.mark.parametrize("name", ["genes.txt", "records/dataset_1.json"])
+def test_truncated_and_missing_files_are_named(copied_store: CellStore, name: str) -> None:
     path = copied_store.path / name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
@@ -155,6 +161,13 @@ def test_truncated_and_missing_files_are_named(copied_store: CellStore) -> None:
     path.unlink()
     with pytest.raises(StoreFormatError, match=f"{name} is missing; copy the store again"):
         open_store(copied_store.path)
+    assert verify_store(copied_store.path) == [name]
+
+
+def test_a_missing_shard_is_named_by_verify(copied_store: CellStore) -> None:
+    name = "dataset_1/X/data/c/0"
+    (copied_store.path / name).unlink()
+    assert open_store(copied_store.path).num_cells == 70
     assert verify_store(copied_store.path) == [name]
 
 
@@ -190,9 +203,21 @@ def test_a_flipped_byte_is_found_in_every_file(copied_store: CellStore) -> None:
 
 def test_an_altered_list_of_files_is_found(copied_store: CellStore) -> None:
     manifest = json.loads((copied_store.path / MANIFEST).read_text())
-    del manifest["files"]["dataset_1/X/data/c/0"]
+    del manifest["files"]["records/generation_0/measured.npy"]
     (copied_store.path / MANIFEST).write_text(json.dumps(manifest))
     assert verify_store(copied_store.path) == [MANIFEST]
+
+
+@pytest.mark.parametrize("field", ["num_counts", "seed"])
+def test_an_altered_header_is_found(copied_store: CellStore, field: str) -> None:
+    edit_manifest(copied_store, **{field: 17})
+    assert verify_store(copied_store.path) == [MANIFEST]
+
+
+def test_cells_that_do_not_add_up_are_refused(copied_store: CellStore) -> None:
+    edit_manifest(copied_store, generations=[69])
+    with pytest.raises(StoreFormatError, match="partitions and generations differ"):
+        open_store(copied_store.path)
 
 
 @pytest.mark.parametrize("array", ["data", "indices", "indptr"])

@@ -11,7 +11,8 @@ from scipy import sparse
 
 from datastore.config import BinningConfig, OrderConfig
 from datastore.genes import GenePanel
-from datastore.store import ArraySizes, CellStore, open_store, write_partition, write_root
+from datastore.store import CellStore, open_store
+from datastore.store_writing import ArraySizes, write_manifest, write_partition, write_root
 from pretrain.config import (
     BatchConfig,
     EncoderConfig,
@@ -60,7 +61,8 @@ def tiny_store(folder: Path, num_cells: int = NUM_CELLS, empty: int | None = Non
         matrix = sparse.csr_matrix(part.astype(np.uint32))
         write_partition(folder / f"dataset_{number}", matrix, obs, tiny_panel(), sizes)
     partitions = [cut, num_cells - cut]
-    write_root(folder, tiny_panel(), partitions, int((counts > 0).sum()), seed=0, sources=[])
+    write_root(folder, tiny_panel())
+    write_manifest(folder, tiny_panel(), partitions, int((counts > 0).sum()), seed=0, sources=[])
     return open_store(folder)
 
 
