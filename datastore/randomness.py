@@ -28,9 +28,7 @@ def mix(key: ArrayLike, index: ArrayLike) -> NDArray[np.uint64]:
 
     The finaliser is SplitMix64's (Steele et al. 2014), applied after each of the two inputs.
     """
-    with np.errstate(over="ignore"):
-        state = _finalise(np.asarray(key, np.uint64) + _GOLDEN)
-        return _finalise(state ^ (np.asarray(index).astype(np.uint64) * _GOLDEN))
+    return _hash(_keyed(key), np.asarray(index).astype(np.uint64))
 
 
 def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> NDArray[np.int64]:
@@ -44,39 +42,55 @@ def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> NDArray[np.int
     Returns:
         Places, int64, in the broadcast shape. For a fixed size and key this is a bijection.
     """
-    index, size, key = np.broadcast_arrays(
-        np.asarray(index, np.int64), np.asarray(size, np.int64), np.asarray(key, np.uint64)
-    )
+    index, size, key = np.asarray(index, np.int64), np.asarray(size, np.int64), np.asarray(key)
     if index.size and (index.min() < 0 or bool((index >= size).any())):
         raise ValueError("permute: every index must lie in [0, size)")
-    shape = index.shape
-    place = index.ravel().astype(np.uint64)
-    limit, keys = size.ravel().astype(np.uint64), key.ravel()
-    half = _half_bits(limit)
-    outside = np.arange(place.size)
+    shape = np.broadcast_shapes(index.shape, size.shape, key.shape)
+    limit, half, state = (  # one for all, or one for each
+        of if of.ndim == 0 else np.broadcast_to(of, shape).ravel()
+        for of in (size.astype(np.uint64), _half_bits(size), _keyed(key))
+    )
+    place = _feistel(np.broadcast_to(index, shape).ravel().astype(np.uint64), half, state)
+    outside = np.flatnonzero(place >= limit)
     while outside.size:  # the domain is at most four times the size: few walks are long
-        place[outside] = _feistel(place[outside], half[outside], keys[outside])
-        outside = outside[place[outside] >= limit[outside]]
+        limits, halves, states = (
+            of if of.ndim == 0 else of[outside] for of in (limit, half, state)
+        )
+        walked = _feistel(place[outside], halves, states)
+        place[outside] = walked
+        outside = outside[walked >= limits]
     return place.astype(np.int64).reshape(shape)
 
 
 def _feistel(
-    value: NDArray[np.uint64], half: NDArray[np.uint64], key: NDArray[np.uint64]
+    value: NDArray[np.uint64], half: NDArray[np.uint64], state: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     low = (np.uint64(1) << half) - np.uint64(1)
     left, right = value >> half, value & low
     for number in range(_ROUNDS):
-        left, right = right, left ^ (mix(key, (right << np.uint64(8)) + np.uint64(number)) & low)
+        mixed = _hash(state, (right << np.uint64(8)) + np.uint64(number))
+        left, right = right, left ^ (mixed & low)
     return (left << half) | right
 
 
-def _half_bits(limit: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _half_bits(limit: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Half the even number of bits that hold `limit - 1`; at least one."""
     bits = np.ceil(np.log2(np.maximum(limit.astype(np.float64), 2.0)))
-    return np.ceil(bits / 2).astype(np.uint64)
+    return np.asarray(np.ceil(bits / 2), np.uint64)
+
+
+def _keyed(key: ArrayLike) -> NDArray[np.uint64]:
+    """What a key contributes to its hashes."""
+    with np.errstate(over="ignore"):
+        return _finalise(np.asarray(key, np.uint64) + _GOLDEN)
+
+
+def _hash(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        return _finalise(state ^ (index * _GOLDEN))
 
 
 def _finalise(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    return np.asarray(value ^ (value >> np.uint64(31)))

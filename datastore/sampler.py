@@ -10,15 +10,34 @@ The order of an epoch over n cells is made in four steps, each of constant cost 
 A global batch is a range of places, so it holds the same cells for any number of ranks. Each rank
 takes a contiguous share of the batch sorted by lane, and so reads from its own lanes only; exactly
 so when the number of ranks divides the lanes, and the lanes the batch (or the batch the lanes).
+
+This is the order of cells that lie in uniformly shuffled places. `datastore.mixture` makes one of
+several such parts, the generations of a store that grew.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datastore.config import OrderConfig
 from datastore.randomness import derive_key, mix, permute
+
+
+class Order(Protocol):
+    """The order of one epoch after another, place by place."""
+
+    @property
+    def config(self) -> OrderConfig:
+        """Lanes, blocks and windows; place g is dealt from lane g % lanes."""
+
+    @property
+    def num_cells(self) -> int:
+        """Places of one epoch."""
+
+    def positions(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the store position of the cell at each place of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +68,74 @@ class CellOrder:
         Returns:
             Store positions, int64, same shape. Over all places they are each cell once.
         """
-        lane, turn = places % self.config.lanes, places // self.config.lanes
-        length, longer = divmod(self.num_cells, self.config.lanes)
-        lane_start = lane * length + np.minimum(lane, longer)
-        lane_length = length + (lane < longer)
-        window = turn // self.config.window
-        window_start = window * self.config.window
-        window_length = np.minimum(self.config.window, lane_length - window_start)
-        window_key = mix(mix(derive_key(self.seed, "window", epoch), lane), window)
-        shuffled = window_start + permute(turn - window_start, window_length, window_key)
-        return self.start + self._block_sequence(epoch, lane_start + shuffled)
+        keys = shuffle_keys(self.seed, epoch)
+        size, window = np.int64(self.num_cells), np.int64(self.config.window)
+        return self.start + shuffled(places, size, window, *keys, self.config)
 
-    def _block_sequence(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Cell at each index of the sequence of permuted blocks; the short block goes anywhere."""
-        block = self.config.block
-        full, short = divmod(self.num_cells, block)
-        key = derive_key(self.seed, "blocks", epoch)
-        short_start = int(mix(key, full) % np.uint64(full + 1)) * block
-        in_short = (index >= short_start) & (index < short_start + short)
-        slot_index = index - np.where(index >= short_start + short, short, 0)
-        slot = np.where(in_short, 0, slot_index // block)
-        place = permute(slot, max(full, 1), key) * block + slot_index % block
-        return np.where(in_short, full * block + index - short_start, place)
+
+def shuffle_keys(seed: int, epoch: int) -> tuple[np.uint64, np.uint64]:
+    """Name the permutations of windows and of blocks that belong to an epoch."""
+    return (
+        np.uint64(derive_key(seed, "window", epoch)),
+        np.uint64(derive_key(seed, "blocks", epoch)),
+    )
+
+
+def shuffled(
+    places: NDArray[np.int64],
+    size: NDArray[np.int64] | np.int64,
+    window: NDArray[np.int64] | np.int64,
+    window_key: NDArray[np.uint64] | np.uint64,
+    block_key: NDArray[np.uint64] | np.uint64,
+    config: OrderConfig,
+) -> NDArray[np.int64]:
+    """Give the index of the cell at each place of an epoch; steps 1 to 4 backwards.
+
+    Args:
+        places: Places, each below its `size`.
+        size: Cells that are ordered together, n; as the next three, for all places or for each.
+        window: Length of the windows.
+        window_key: Names the permutations within windows.
+        block_key: Names the permutation of the blocks.
+        config: Lanes and blocks.
+
+    Returns:
+        Indices in [0, n), int64. Over all places of a size and its keys they are each index once.
+    """
+    lane, turn = places % config.lanes, places // config.lanes
+    length, longer = size // config.lanes, size % config.lanes
+    lane_start = lane * length + np.minimum(lane, longer)
+    lane_length = length + (lane < longer)
+    number = turn // window
+    window_start = number * window
+    window_length = np.minimum(window, lane_length - window_start)
+    key = mix(mix(window_key, lane), number)
+    within = window_start + permute(turn - window_start, window_length, key)
+    return _block_sequence(lane_start + within, size, block_key, config.block)
+
+
+def _block_sequence(
+    index: NDArray[np.int64],
+    size: NDArray[np.int64] | np.int64,
+    key: NDArray[np.uint64] | np.uint64,
+    block: int,
+) -> NDArray[np.int64]:
+    """Cell at each index of the sequence of permuted blocks; the short block goes anywhere."""
+    full, short = size // block, size % block
+    gaps = np.asarray(full, np.uint64) + np.uint64(1)
+    short_start = (mix(key, full) % gaps).astype(np.int64) * block
+    in_short = (index >= short_start) & (index < short_start + short)
+    slot_index = index - np.where(index >= short_start + short, short, 0)
+    slot = np.where(in_short, 0, slot_index // block)
+    place = permute(slot, np.maximum(full, 1), key) * block + slot_index % block
+    return np.where(in_short, full * block + index - short_start, place)
 
 
 @dataclass(frozen=True)
 class CellSampler:
     """Deals each global batch of an order to ranks and micro-batches."""
 
-    order: CellOrder
+    order: Order
     global_batch_size: int
     rank: int
     world_size: int
@@ -91,12 +149,22 @@ class CellSampler:
     def micro_batches(self, epoch: int, step: int) -> list[NDArray[np.int64]]:
         """Store positions of this rank's micro-batches in one step of an epoch.
 
-        Over all ranks and micro-batches each cell of the global batch appears once; shares differ
+        Over all ranks and micro-batches each place of the global batch appears once; shares differ
         by at most one cell, and may be empty in a short last batch.
         """
+        return self.plan(epoch, range(step, step + 1))[0]
+
+    def plan(self, epoch: int, steps: range) -> list[list[NDArray[np.int64]]]:
+        """Give the micro-batches of several steps; quicker than one by one, and the same."""
+        shares = [self._share(step) for step in steps]
+        flat = np.concatenate([*shares, np.empty(0, np.int64)])
+        ends = np.cumsum([len(share) for share in shares])
+        positions = np.split(self.order.positions(epoch, flat), ends)[: len(shares)]
+        return [np.array_split(share, self.accumulation_steps) for share in positions]
+
+    def _share(self, step: int) -> NDArray[np.int64]:
+        """This rank's places of a step's global batch, by lane."""
         first = step * self.global_batch_size
         places = np.arange(first, min(first + self.global_batch_size, self.order.num_cells))
         by_lane = places[np.argsort(places % self.order.config.lanes, kind="stable")]
-        share = np.array_split(by_lane, self.world_size)[self.rank]
-        positions = self.order.positions(epoch, share)
-        return np.array_split(positions, self.accumulation_steps)
+        return np.array_split(by_lane, self.world_size)[self.rank]
