@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(lambda: _main(argv))
 
 
-def _main(argv: list[str] | None) -> None:
+def _main(argv: list[str] | None) -> int:
     config = cli.parse(
         PretrainConfig,
         argv,
@@ -30,19 +30,24 @@ def _main(argv: list[str] | None) -> None:
         "--store cells.zarr --output runs/pretrain",
     )
     from pretrain.distributed import start_ranks
+    from pretrain.interruption import EXIT_REQUEUE, stop_on_signals
     from pretrain.train import pretrain
 
-    with start_ranks(os.environ) as ranks:
-        result = pretrain(config, ranks)
+    with stop_on_signals() as request, start_ranks(os.environ) as ranks:
+        result = pretrain(config, ranks, request)
+    code = EXIT_REQUEUE if result["interrupted"] else 0
     if not ranks.is_first:
-        return
+        return code
     cli.echo(f"step {result['step']} of {result['total_steps']}")
     for name, value in result["metrics"].items():
         cli.echo(f"{name:36} {cli.unwrap(value)}")
-    if result["export"] is None:
+    if result["interrupted"]:
+        cli.echo("saved and stopped as asked; the same command continues")
+    elif result["export"] is None:
         cli.echo("stopped early; the same command without --stop_after continues")
     else:
         cli.echo(f"export: {result['export']}")
+    return code
 
 
 if __name__ == "__main__":

@@ -36,6 +36,27 @@ class Ranks:
         """Wait until every rank is here."""
         self.sum([0.0])
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let an input error of one rank end all of them; entered and left by all ranks.
+
+        Raises:
+            ValueError, OSError: What was raised inside, on the lowest rank where it was.
+            SystemExit: With code 2 on the others, so that the cause is told once.
+        """
+        error: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as problem:
+            error = problem
+        failed = [0.0] * self.world_size
+        failed[self.rank] = float(error is not None)
+        failed = self.sum(failed)
+        if any(failed):
+            if error is not None and not any(failed[: self.rank]):
+                raise error
+            raise SystemExit(2)
+
 
 @contextmanager
 def start_ranks(environ: Mapping[str, str], timeout_minutes: float = 30.0) -> Iterator[Ranks]:

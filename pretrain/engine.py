@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
+from pretrain.full_state import FullState
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Join a checked DeepSpeed JSON with what follows from our configuration."""
     return {
+        # Offloading keeps our AdamW, so that it trains as every other stage does.
+        "zero_force_ds_cpu_optimizer": False,
         **extra,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
@@ -143,10 +146,15 @@ class TrainingEngine:
             config=deepspeed_config(config, ranks.world_size, extra),
         )
         self._gather = deepspeed.zero.GatheredParameters
+        self._state = FullState(self._engine)
         # DeepSpeed divides by both; our loss is already divided by the global number of targets.
         plain = not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
         self._plain, self._clip_norm = plain, config.optim.clip_norm
         self._norm = float("nan")
+        self._poison = torch.zeros((), device=ranks.device)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_hook(self._look_at)
         self._undo = ranks.world_size * config.batch.accumulation_steps(ranks.world_size)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -162,6 +170,14 @@ class TrainingEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss: over ranks and micro-batches of a step, a plain sum."""
         self._engine.backward(loss * self._undo)
+
+    def _look_at(self, gradient: Tensor) -> None:
+        # 0 × the sum is 0 for finite gradients and NaN for others; no waiting for the device here.
+        self._poison += 0.0 * gradient.sum(dtype=torch.float32)
+
+    def gradient_is_finite(self) -> bool:
+        """Tell whether all gradients since the last update were finite, on this rank."""
+        return bool(torch.isfinite(self._poison))
 
     def step(self, learning_rate: float) -> None:
         """Count a micro-batch; at the last of a step, clip and update."""
@@ -191,19 +207,22 @@ class TrainingEngine:
                 for name, value in self.model.state_dict().items()
             }
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        """Write this rank's part of a resumable checkpoint."""
-        self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"scbert": dict(state)}, save_latest=False
-        )
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that Adam has counted."""
+        return self._state.optimizer_step
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore weights, optimizer and counters; return what `save` was given as state."""
-        path, client = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ValueError(f"DeepSpeed could not load checkpoint {folder / tag}")
-        state: dict[str, Any] = client["scbert"]
-        return state
+    def state_sizes(self) -> dict[str, int]:
+        """Names of all that a checkpoint must hold, and the bytes that each takes."""
+        return self._state.sizes()
+
+    def read_state(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Gather whole float32 weights and moments on the CPU of every rank; see `FullState`."""
+        return self._state.read(names)
+
+    def write_state(self, tensors: Mapping[str, Tensor], optimizer_step: int) -> None:
+        """Set all weights and moments, whatever stage and number of ranks they were read from."""
+        self._state.write(tensors, optimizer_step)
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:

@@ -1,8 +1,11 @@
 """The pretraining loop: a cell store in, checkpoints and an export out."""
 
 import logging
+import math
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from pretrain.encoder import build_encoder
 from pretrain.engine import TrainingEngine
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
+from pretrain.interruption import StopRequest, only_training_in
 from pretrain.masking import MaskedBatch, commonest_bins, mask_tokens
 from pretrain.objective import MaskedGeneModel, to_tensors
 from pretrain.schedule import learning_rate
@@ -32,18 +36,29 @@ from pretrain.tracking import Tracker, start_run
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig, ranks: Ranks, request: StopRequest | None = None
+) -> dict[str, Any]:
     """Train, evaluate, checkpoint, and export; continue where an earlier start stopped.
 
     Args:
         config: Everything there is to choose.
         ranks: This process among all.
+        request: Looked at after each step; if any rank is asked to stop, all save and stop.
 
     Returns:
         What the run came to: step, total_steps, held-out metrics, folder of the export (none when
-        `stop_after` ended it early), equal on all ranks; and the MLflow run id, which only the
-        first rank knows (none elsewhere).
+        the run ended early), whether it was `interrupted` by a request, equal on all ranks; and the
+        MLflow run id, which only the first rank knows (none elsewhere).
     """
+    with ExitStack() as held:
+        with ranks.failing_together():
+            if ranks.is_first:
+                held.enter_context(only_training_in(Path(config.output)))
+        return _pretrain(config, ranks, request or StopRequest())
+
+
+def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dict[str, Any]:
     accumulation = config.batch.accumulation_steps(ranks.world_size)
     store = open_store(config.store)
     output = Path(config.output)
@@ -61,10 +76,9 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
     validation = list(_validation_batches(reader, store, held_out, config, ranks))
 
     engine = TrainingEngine(_build_model(config, store.panel), config, ranks)
-    who = identity(config, store, ranks.world_size)
+    who = identity(config, store)
     checkpoints = output / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)  # refuse a read-only folder before training
-    state = resume(checkpoints, engine, who) or TrainingState()
+    state = resume(checkpoints, engine, who, ranks) or TrainingState()
     if state.step:
         log.info("continuing at step %d of %d", state.step, total_steps)
 
@@ -72,10 +86,11 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
         state = replace(state, run_id=tracker.run_id)
         window = _Window()
         metrics: dict[str, float] = {}
+        interrupted = False
         for epoch, batches in _steps(loader, state.step, stop, sampler.steps_per_epoch):
             rate = learning_rate(state.step, sampler.steps_per_epoch, total_steps, config.optim)
             _redraw(engine, state.step, config)
-            window.add(_training_step(engine, batches, epoch, rate, config, ranks))
+            window.add(_training_step(engine, batches, epoch, state.step, rate, config, ranks))
             state = replace(
                 state,
                 step=state.step + 1,
@@ -83,7 +98,9 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
                     state.cells_seen + config.batch.global_size, (epoch + 1) * order.num_cells
                 ),
             )
-            last = state.step == stop
+            # Every rank must stop at the same step, whichever was asked.
+            interrupted = any(ranks.sum([float(request.signal is not None)]))
+            last = state.step == stop or interrupted
             if state.step % config.log_every == 0 or last:
                 numbers = window.finish(ranks) | {
                     "learning_rate": rate,
@@ -92,12 +109,18 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
                 }
                 tracker.log_metrics(numbers, state.step)
                 _log_step(state.step, total_steps, numbers)
-            if state.step % config.evaluate_every == 0 or last:
+            metrics = {}
+            if state.step % config.evaluate_every == 0 or (last and not interrupted):
                 metrics = evaluate(engine, validation, config, ranks)
                 tracker.log_metrics(metrics, state.step)
                 _log_evaluation(state.step, metrics)
             if state.step % config.save_every == 0 or last:
+                state = _with_best(state, metrics)
                 save_checkpoint(checkpoints, engine, state, who, ranks, config.keep_checkpoints)
+            if interrupted:
+                log.info("%s: saved at step %d", request.signal or "asked to stop", state.step)
+                tracker.finish("KILLED")
+                break
             window.restart_clock()  # what is between two steps is no training time
         export = None
         if state.step >= total_steps:
@@ -109,19 +132,33 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
         "total_steps": total_steps,
         "metrics": metrics,
         "export": None if export is None else str(export),
+        "interrupted": interrupted,
         "run_id": state.run_id,
     }
+
+
+def _with_best(state: TrainingState, metrics: dict[str, float]) -> TrainingState:
+    """Note the checkpoint that is about to be written, if no other had a lower held-out loss."""
+    loss = metrics.get("validation_loss", math.inf)
+    if loss < (math.inf if state.best_loss is None else state.best_loss):
+        return replace(state, best_step=state.step, best_loss=loss)
+    return state
 
 
 def _training_step(
     engine: TrainingEngine,
     batches: list[TokenBatch],
     epoch: int,
+    step: int,
     rate: float,
     config: PretrainConfig,
     ranks: Ranks,
 ) -> NDArray[np.float64]:
-    """One optimizer step; return this rank's loss, correct, rule correct, targets, cells."""
+    """One optimizer step; return this rank's loss, correct, rule correct, targets, cells.
+
+    Raises:
+        ValueError: If a loss or gradient is not finite, before the weights change.
+    """
     masked: list[MaskedBatch] = [
         mask_tokens(b.tokens, b.positions, config.seed, epoch, config.masking, config.binning)
         for b in batches
@@ -130,14 +167,29 @@ def _training_step(
     # Every target of the global batch weighs the same, however ranks and micro-batches share them.
     (all_targets,) = ranks.sum([targets])
     sums = np.zeros(5)
-    for batch in masked:
+    broken: list[int] = []
+    for number, batch in enumerate(masked):
         loss, correct = engine(*to_tensors(batch, ranks.device))
         engine.backward(loss / max(1.0, all_targets))
+        if not (math.isfinite(loss) and engine.gradient_is_finite()):
+            broken += batches[number].positions.tolist()
+        if number == len(masked) - 1:
+            with ranks.failing_together():  # before the update, which would spoil the weights
+                _refuse_broken(broken, step, ranks)
         engine.step(rate)
         rule = commonest_bins(batch, config.binning) == batch.targets
         sums[:3] += [float(loss.detach()), float(correct), float(rule.sum())]
     sums[3:] = targets, sum(len(batch.positions) for batch in batches)
     return sums
+
+
+def _refuse_broken(cells: list[int], step: int, ranks: Ranks) -> None:
+    if cells:
+        raise ValueError(
+            f"loss or gradient is not finite at step {step} on rank {ranks.rank} "
+            f"({socket.gethostname()}), store positions {cells}; no weight was changed: lower "
+            "optim.lr or optim.clip_norm and start again from the last checkpoint"
+        )
 
 
 class _Window:
@@ -161,11 +213,6 @@ class _Window:
         loss, correct, rule, targets, cells = ranks.sum(list(self._sums))
         seconds = self._seconds
         self._sums, self._seconds = np.zeros(5), 0.0
-        if not np.isfinite(loss):
-            raise ValueError(
-                "the loss is not finite; lower optim.lr or optim.clip_norm and start again from "
-                "the last checkpoint"
-            )
         targets = max(1.0, targets)
         return {
             "loss": loss / targets,

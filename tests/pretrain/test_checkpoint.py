@@ -1,7 +1,9 @@
 """Checkpoints: what is kept, what is refused. (Resuming exactly: test_train.py.)"""
 
+import errno
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +13,7 @@ import torch
 
 from datastore.config import BinningConfig, OrderConfig
 from datastore.store import CellStore
+from pretrain import checkpoint
 from pretrain.checkpoint import (
     CheckpointMismatchError,
     TrainingState,
@@ -23,19 +26,27 @@ from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
 from tests.support.tiny import ENCODER, tiny_config, tiny_store
 
+PIECE = "state_00000.safetensors"
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 class PlainEngine:
-    """Keeps its state in a file, as DeepSpeed does."""
+    """A few tensors in the place of a model."""
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        (folder / tag / "state.json").write_text(json.dumps(state))
+    optimizer_step = 7
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((folder / tag / "state.json").read_text())
-        return state
+    def __init__(self) -> None:
+        self.tensors = {f"weight/{name}": torch.randn(3, 4) for name in "abc"}
+
+    def state_sizes(self) -> dict[str, int]:
+        return dict.fromkeys("abc", 48)
+
+    def read_state(self, names: list[str]) -> dict[str, torch.Tensor]:
+        return {f"weight/{name}": self.tensors[f"weight/{name}"] for name in names}
+
+    def write_state(self, tensors: Mapping[str, torch.Tensor], optimizer_step: int) -> None:
+        self.tensors = {key: tensors[key] for key in tensors}
+        self.optimizer_step = optimizer_step
 
 
 ENGINE = cast(TrainingEngine, PlainEngine())
@@ -55,35 +66,91 @@ def steps(folder: Path) -> list[str]:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert resume(tmp_path / "checkpoints", ENGINE, {}) is None
+    assert resume(tmp_path / "checkpoints", ENGINE, {}, ALONE) is None
 
 
 def test_newest_is_resumed_and_the_last_few_are_kept(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         save(tmp_path, step, {"seed": 0})
 
-    assert resume(tmp_path, ENGINE, {"seed": 0}) == TrainingState(12, 192, "run")
+    assert resume(tmp_path, ENGINE, {"seed": 0}, ALONE) == TrainingState(12, 192, "run")
     assert steps(tmp_path) == ["step_00000008", "step_00000012"]
 
 
-def test_half_written_later_step_does_not_push_out_the_whole_one(tmp_path: Path) -> None:
-    save(tmp_path, 4, {"seed": 0}, keep=1)
-    ENGINE.save(tmp_path, "step_00000008", {})  # killed before it was published
+def test_what_was_saved_is_restored(tmp_path: Path) -> None:
+    saved, other = PlainEngine(), PlainEngine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "PIECE_BYTES", 100)  # three tensors of 48 bytes in two files
+        save_checkpoint(
+            tmp_path, cast(TrainingEngine, saved), TrainingState(4, 64), {}, ALONE, keep=2
+        )
+    assert len(list((tmp_path / "step_00000004").glob("*.safetensors"))) == 2
 
-    save(tmp_path, 6, {"seed": 0}, keep=1)
+    resume(tmp_path, cast(TrainingEngine, other), {}, ALONE)
 
-    state = resume(tmp_path, ENGINE, {"seed": 0})
+    assert other.optimizer_step == 7
+    assert all(torch.equal(value, saved.tensors[key]) for key, value in other.tensors.items())
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
+    for step in (4, 8, 12, 16):
+        state = TrainingState(step, best_step=4, best_loss=0.5)
+        save_checkpoint(tmp_path, ENGINE, state, {}, ALONE, keep=1)
+
+    assert steps(tmp_path) == ["step_00000004", "step_00000016"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(lambda at: (at / "checkpoint.json").unlink(), "it was not finished"),
+        pytest.param(lambda at: flip(at / "checkpoint.json"), r"checkpoint\.json"),
+        pytest.param(lambda at: (at / PIECE).unlink(), f"{PIECE} is missing"),
+        pytest.param(lambda at: (at / PIECE).write_bytes(b"x"), "has 1 bytes instead of"),
+        pytest.param(lambda at: flip(at / PIECE), f"{PIECE} is damaged"),
+    ],
+    ids=["killed while saving", "manifest", "missing", "cut short", "flipped bit"],
+)
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(
+    damage: Callable[[Path], None],
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save(tmp_path, 4, {"seed": 0})
+    save(tmp_path, 8, {"seed": 0})
+    damage(tmp_path / "step_00000008")
+
+    state = resume(tmp_path, ENGINE, {"seed": 0}, ALONE)
+
+    assert state is not None
+    assert state.step == 4
+    assert re.search(f"step_00000008 is skipped: .*{reason}", caplog.text)
+    save(tmp_path, 6, {"seed": 0}, keep=1)  # the steps after it are gone over again
+    assert (tmp_path / "step_00000006" / "checkpoint.json").is_file()
+    state = resume(tmp_path, ENGINE, {"seed": 0}, ALONE)
     assert state is not None
     assert state.step == 6
-    assert "step_00000004" not in steps(tmp_path)
 
 
-def test_half_written_step_is_not_resumed(tmp_path: Path) -> None:
-    save(tmp_path, 4, {"seed": 0})
-    ENGINE.save(tmp_path, "step_00000008", {})
+def test_a_disk_that_is_full_keeps_the_former(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 4, {})
 
-    state = resume(tmp_path, ENGINE, {"seed": 0})
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step_00000008: .*No space left.*are kept"):
+        save(tmp_path, 8, {})
+    state = resume(tmp_path, ENGINE, {}, ALONE)
     assert state is not None
     assert state.step == 4
 
@@ -106,40 +173,32 @@ def test_another_training_is_refused(
     changes: dict[str, Any], message: str, store: CellStore, tmp_path: Path
 ) -> None:
     config = tiny_config(store.path, tmp_path)
-    save(tmp_path, 4, identity(config, store, 1))
+    save(tmp_path, 4, identity(config, store))
 
-    assert resume(tmp_path, ENGINE, identity(config, store, 1)) is not None
+    assert resume(tmp_path, ENGINE, identity(config, store), ALONE) is not None
     with pytest.raises(CheckpointMismatchError, match=f"step_00000004 was trained with {message}"):
-        resume(tmp_path, ENGINE, identity(replace(config, **changes), store, 1))
+        resume(tmp_path, ENGINE, identity(replace(config, **changes), store), ALONE)
 
 
-@pytest.mark.parametrize(
-    ("now", "message"),
-    [
-        pytest.param({"num_cells": 48}, "store_id = [0-9a-f]+, now it is", id="store"),
-        pytest.param({"world_size": 2}, "world_size = 1, now it is 2", id="number of ranks"),
-    ],
-)
-def test_another_store_or_world_size_is_refused(
-    now: dict[str, int], message: str, store: CellStore, tmp_path: Path
-) -> None:
+def test_another_store_is_refused(store: CellStore, tmp_path: Path) -> None:
     config = tiny_config(store.path, tmp_path)
-    save(tmp_path / "checkpoints", 4, identity(config, store, 1))
-    other = tiny_store(tmp_path / "other", now.get("num_cells", 64))
+    save(tmp_path / "checkpoints", 4, identity(config, store))
+    other = tiny_store(tmp_path / "other", 48)
 
-    with pytest.raises(CheckpointMismatchError, match=message):
-        resume(tmp_path / "checkpoints", ENGINE, identity(config, other, now.get("world_size", 1)))
+    with pytest.raises(CheckpointMismatchError, match=r"store_id = [0-9a-f]+, now it is"):
+        resume(tmp_path / "checkpoints", ENGINE, identity(config, other), ALONE)
 
 
 def test_what_only_says_how_long_or_where_may_change(store: CellStore, tmp_path: Path) -> None:
     config = tiny_config(store.path, tmp_path)
     longer = replace(config, epochs=9, output="elsewhere", save_every=1, stop_after=3, log_every=7)
+    longer = replace(longer, batch=BatchConfig(global_size=16, micro_size=2))
 
-    assert identity(longer, store, 1) == identity(config, store, 1)
+    assert identity(longer, store) == identity(config, store)
 
 
 def test_identity_survives_json(store: CellStore, tmp_path: Path) -> None:
-    who = identity(tiny_config(store.path, tmp_path), store, 1)
+    who = identity(tiny_config(store.path, tmp_path), store)
 
     assert json.loads(json.dumps(who)) == who
     assert who["encoder"] == asdict(ENCODER)

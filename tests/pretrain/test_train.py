@@ -6,6 +6,7 @@ came of it.
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,10 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 
     def stage(number: int, **more: Any) -> str:
         path = folder / f"zero{number}{'_'.join(more)}.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": number}, **more}))
+        zero: dict[str, Any] = {"stage": number}
+        if more.pop("offload", False):
+            zero["offload_optimizer"] = {"device": "cpu"}
+        path.write_text(json.dumps({"zero_optimization": zero, **more}))
         return str(path)
 
     first = {
@@ -136,16 +140,32 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "continued": config("stopped"),
         "again": config("stopped"),
     }
+    elsewhere = {f"zero{number}": stage(number) for number in range(4)}
+    elsewhere["offload"] = stage(2, offload=True)
     on_two = {
+        "two_stopped_only": config("two_stopped_only", stop_after=3, deepspeed=stage(3)),
         "two": config("two"),
         "two_zero3": config("two_zero3", deepspeed=stage(3)),
         "two_stopped": config("two_stopped", stop_after=3),
         "two_continued": config("two_stopped"),
-        "other world size": config("stopped"),
+        **{
+            f"grown_{name}": config(f"grown_{name}", deepspeed=json_path)
+            for name, json_path in elsewhere.items()
+        },
     }
     one = run_ranks(train_each, 1, folder, first)[0]
+    for name in elsewhere:
+        shutil.copytree(folder / "stopped", folder / f"grown_{name}")
     one |= run_ranks(train_each, 1, folder, changed)[0]
-    return Trainings(folder, one, run_ranks(train_each, 2, folder, on_two))
+    two = run_ranks(train_each, 2, folder, on_two)
+    for name in elsewhere:
+        shutil.copytree(folder / "two_stopped_only", folder / f"shrunk_{name}")
+    shrunk = {
+        f"shrunk_{name}": config(f"shrunk_{name}", deepspeed=json_path)
+        for name, json_path in elsewhere.items()
+    }
+    one |= run_ranks(train_each, 1, folder, shrunk)[0]
+    return Trainings(folder, one, two)
 
 
 def plain_training(config: PretrainConfig) -> tuple[list[float], list[float], dict[str, Tensor]]:
@@ -327,7 +347,20 @@ class TestTwoRanks:
         one, other = trainings.export("two_stopped"), trainings.export("two")
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
-    def test_checkpoint_of_one_rank_is_refused(self, trainings: Trainings) -> None:
-        for rank in trainings.two:
-            error = rank["other world size"].error
-            assert "was trained with world_size = 1, now it is 2" in error
+    @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "offload"])
+    @pytest.mark.parametrize("change", ["grown", "shrunk"])
+    def test_another_number_of_ranks_and_another_stage_continue(
+        self, change: str, name: str, trainings: Trainings
+    ) -> None:
+        """One rank under ZeRO 1 → two under any; two under ZeRO 3 → one under any."""
+        run = f"{change}_{name}"
+        ranks = [trainings.one] if change == "shrunk" else trainings.two
+        assert {rank[run].error for rank in ranks} == {""}
+        for metric in ("loss", "gradient_norm", "learning_rate"):
+            continued, straight = (trainings.series(n, metric) for n in (run, "straight"))
+            np.testing.assert_allclose(continued, straight, rtol=1e-6)
+        difference = largest_difference(trainings.export(run), trainings.export("straight"))
+        assert difference < 2e-6
+        seen = [p for rank in ranks for _, batch in rank[run].positions for p in batch]
+        after = trainings.one["straight"].positions[3 * 4 :]  # 4 micro-batches a step
+        assert sorted(seen) == sorted(p for _, batch in after for p in batch)
