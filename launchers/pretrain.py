@@ -29,12 +29,17 @@ def _main(argv: list[str] | None) -> int:
         example="deepspeed --num_gpus 2 launchers/pretrain.py --preset quickstart "
         "--store cells.zarr --output runs/pretrain",
     )
-    from pretrain.distributed import start_ranks
+    from pretrain.distributed import LostRankError, start_ranks
     from pretrain.interruption import EXIT_REQUEUE, stop_on_signals
     from pretrain.train import pretrain
 
-    with stop_on_signals() as request, start_ranks(os.environ) as ranks:
-        result = pretrain(config, ranks, request)
+    try:
+        with stop_on_signals() as request, start_ranks(os.environ) as ranks:
+            result = pretrain(config, ranks, request)
+    except LostRankError as error:
+        if error.is_first_to_tell():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_REQUEUE
     code = EXIT_REQUEUE if result["interrupted"] else 0
     if not ranks.is_first:
         return code

@@ -190,6 +190,9 @@ class PretrainConfig:
     """How many of the latest checkpoints stay."""
     log_every: int = 10
     """Steps between log lines."""
+    watchdog_minutes: float = 10.0
+    """End a training of several ranks after so many minutes without progress, naming the rank and
+    host that holds up the others; 0 leaves that to the process group, after half an hour."""
     deepspeed: str | None = None
     """DeepSpeed JSON with what only DeepSpeed understands (ZeRO, precision); none takes ZeRO 1."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -208,6 +211,8 @@ class PretrainConfig:
             raise ValueError(
                 f"validation_share is {self.validation_share}; give a share from 0 to below 1"
             )
+        if not self.watchdog_minutes >= 0:
+            raise ValueError(f"watchdog_minutes is {self.watchdog_minutes}; give 0 (off) or more")
         if self.redraw_every < 0:
             raise ValueError(f"redraw_every is {self.redraw_every}; give 0 (never) or more")
         gene2vec = self.encoder.gene_embedding == "gene2vec"

@@ -1,13 +1,49 @@
 """Ranks and the few collectives that training needs."""
 
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Final
 
 import torch
 import torch.distributed as dist
+
+_LOST: Final = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "No route to host",
+    "Timed out",
+)
+"""How gloo and NCCL say that another rank is gone."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank died or its network is gone; starting again continues from a checkpoint."""
+
+    def __init__(self, message: str, ranks: "Ranks") -> None:
+        super().__init__(message)
+        self._ranks = ranks
+
+    def is_first_to_tell(self) -> bool:
+        """Tell whether no other rank has asked this before, so that one cause is told once."""
+        try:
+            return self._ranks.open_store().add("told", 1) == 1
+        except RuntimeError:  # the store was the lost rank's
+            return True
+
+
+def _lost_connection(error: RuntimeError) -> str:
+    found = re.search(r"\[?((?:\d{1,3}\.){3}\d{1,3}|[0-9a-f:]+:[0-9a-f]+)\]?:\d+", str(error))
+    where = f" at {found.group(1)}" if found else ""
+    return (
+        f"the connection to another rank{where} was lost: it died, or its host or network did; "
+        "the same command continues from the last checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -18,6 +54,8 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    meeting: tuple[str, int] | None = None
+    """Address and port of the store where the ranks met; none for one rank alone."""
 
     @property
     def is_first(self) -> bool:
@@ -36,6 +74,30 @@ class Ranks:
         """Wait until every rank is here."""
         self.sum([0.0])
 
+    def gather(self, value: float) -> list[float]:
+        """Bring together one number of each rank, in their order."""
+        values = [0.0] * self.world_size
+        values[self.rank] = value
+        return self.sum(values)
+
+    def hosts(self) -> list[str]:
+        """Bring together the name of each rank's host, in their order."""
+        names = [socket.gethostname()] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(names, socket.gethostname())
+        return names
+
+    def open_store(self, timeout_seconds: float = 5.0) -> dist.TCPStore:
+        """Open a connection of one's own to the store where the ranks met.
+
+        Raises:
+            RuntimeError: If there is one rank only, or the store does not answer.
+        """
+        if self.meeting is None:
+            raise RuntimeError("one rank alone has no store")
+        timeout = timedelta(seconds=timeout_seconds)
+        return dist.TCPStore(*self.meeting, is_master=False, timeout=timeout)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Let an input error of one rank end all of them; entered and left by all ranks.
@@ -49,9 +111,7 @@ class Ranks:
             yield
         except (ValueError, OSError) as problem:
             error = problem
-        failed = [0.0] * self.world_size
-        failed[self.rank] = float(error is not None)
-        failed = self.sum(failed)
+        failed = self.gather(float(error is not None))
         if any(failed):
             if error is not None and not any(failed[: self.rank]):
                 raise error
@@ -89,7 +149,15 @@ def start_ranks(environ: Mapping[str, str], timeout_minutes: float = 30.0) -> It
         store=dist.HashStore() if alone else None,
         timeout=timedelta(minutes=timeout_minutes),
     )
+    meeting = None
+    if world_size > 1:
+        meeting = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    ranks = Ranks(rank, world_size, local_rank, device, meeting)
     try:
-        yield Ranks(rank, world_size, local_rank, device)
+        yield ranks
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _LOST):
+            raise
+        raise LostRankError(_lost_connection(error), ranks) from error
     finally:
         dist.destroy_process_group()

@@ -151,6 +151,8 @@ class TrainingEngine:
         plain = not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
         self._plain, self._clip_norm = plain, config.optim.clip_norm
         self._norm = float("nan")
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called with each forward pass and each piece of a checkpoint."""
         self._poison = torch.zeros((), device=ranks.device)
         for weight in model.parameters():
             if weight.requires_grad:
@@ -159,6 +161,7 @@ class TrainingEngine:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the model forward."""
+        self.on_progress()
         return self._engine(*inputs)
 
     @property
@@ -218,6 +221,7 @@ class TrainingEngine:
 
     def read_state(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Gather whole float32 weights and moments on the CPU of every rank; see `FullState`."""
+        self.on_progress()
         return self._state.read(names)
 
     def write_state(self, tensors: Mapping[str, Tensor], optimizer_step: int) -> None:

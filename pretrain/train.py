@@ -5,10 +5,10 @@ import math
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,8 +32,12 @@ from pretrain.masking import MaskedBatch, commonest_bins, mask_tokens
 from pretrain.objective import MaskedGeneModel, to_tensors
 from pretrain.schedule import learning_rate
 from pretrain.tracking import Tracker, start_run
+from pretrain.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+_STRAGGLER: Final = 2.0
+"""A rank that needs so many times as long as the others for its own work is named."""
 
 
 def pretrain(
@@ -82,15 +86,21 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dic
     if state.step:
         log.info("continuing at step %d of %d", state.step, total_steps)
 
-    with _start_tracker(config, ranks, state, store) as tracker:
+    with (
+        _start_tracker(config, ranks, state, store) as tracker,
+        _watched(engine, config.watchdog_minutes * 60, ranks),
+    ):
         state = replace(state, run_id=tracker.run_id)
-        window = _Window()
+        window = _Window(ranks.hosts())
         metrics: dict[str, float] = {}
         interrupted = False
         for epoch, batches in _steps(loader, state.step, stop, sampler.steps_per_epoch):
+            window.note_fetched()
             rate = learning_rate(state.step, sampler.steps_per_epoch, total_steps, config.optim)
             _redraw(engine, state.step, config)
-            window.add(_training_step(engine, batches, epoch, state.step, rate, config, ranks))
+            window.add(
+                _training_step(engine, batches, epoch, state.step, rate, config, ranks, window)
+            )
             state = replace(
                 state,
                 step=state.step + 1,
@@ -137,6 +147,21 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dic
     }
 
 
+@contextmanager
+def _watched(engine: TrainingEngine, silence_seconds: float, ranks: Ranks) -> Iterator[None]:
+    """Let a watchdog end the process when the engine makes no progress for too long."""
+    if ranks.world_size == 1 or not silence_seconds:
+        yield
+        return
+    store = ranks.open_store()
+    watchdog = Watchdog(store, ranks.rank, ranks.world_size, silence_seconds)
+    engine.on_progress = watchdog.beat
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
 def _with_best(state: TrainingState, metrics: dict[str, float]) -> TrainingState:
     """Note the checkpoint that is about to be written, if no other had a lower held-out loss."""
     loss = metrics.get("validation_loss", math.inf)
@@ -153,6 +178,7 @@ def _training_step(
     rate: float,
     config: PretrainConfig,
     ranks: Ranks,
+    window: "_Window",
 ) -> NDArray[np.float64]:
     """One optimizer step; return this rank's loss, correct, rule correct, targets, cells.
 
@@ -169,7 +195,8 @@ def _training_step(
     sums = np.zeros(5)
     broken: list[int] = []
     for number, batch in enumerate(masked):
-        loss, correct = engine(*to_tensors(batch, ranks.device))
+        with window.own_work():
+            loss, correct = engine(*to_tensors(batch, ranks.device))
         engine.backward(loss / max(1.0, all_targets))
         if not (math.isfinite(loss) and engine.gradient_is_finite()):
             broken += batches[number].positions.tolist()
@@ -195,13 +222,28 @@ def _refuse_broken(cells: list[int], step: int, ranks: Ranks) -> None:
 class _Window:
     """Sums over the steps between two log lines."""
 
-    def __init__(self) -> None:
-        self._sums, self._seconds = np.zeros(5), 0.0
+    def __init__(self, hosts: list[str]) -> None:
+        self._hosts = hosts
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums, self._seconds, self._own_seconds = np.zeros(5), 0.0, 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Count time from here on: fetching cells and training on them."""
         self._clock = time.perf_counter()
+
+    def note_fetched(self) -> None:
+        """Count the time since the clock was started as this rank's own, waiting for nobody."""
+        self._own_seconds += time.perf_counter() - self._clock
+
+    @contextmanager
+    def own_work(self) -> Iterator[None]:
+        """Count the time inside as this rank's own."""
+        start = time.perf_counter()
+        yield
+        self._own_seconds += time.perf_counter() - start
 
     def add(self, sums: NDArray[np.float64]) -> None:
         """Take a step's sums and the time since the clock was started."""
@@ -211,8 +253,18 @@ class _Window:
     def finish(self, ranks: Ranks) -> dict[str, float]:
         """Reduce over ranks, begin anew, and return the window's metrics."""
         loss, correct, rule, targets, cells = ranks.sum(list(self._sums))
-        seconds = self._seconds
-        self._sums, self._seconds = np.zeros(5), 0.0
+        own, seconds = ranks.gather(self._own_seconds), self._seconds
+        self._begin()
+        slowest = int(np.argmax(own))
+        others = own[:slowest] + own[slowest + 1 :]
+        if others and own[slowest] > _STRAGGLER * np.median(others):
+            log.warning(
+                "rank %d (%s) is a straggler: %.2f s of its own work, the others' median %.2f s",
+                slowest,
+                self._hosts[slowest],
+                own[slowest],
+                np.median(others),
+            )
         targets = max(1.0, targets)
         return {
             "loss": loss / targets,

@@ -1,0 +1,160 @@
+"""End a training whose ranks have fallen silent, and say which.
+
+A rank that stops, hangs or loses its network leaves the others waiting in a collective until the
+process group gives up, half an hour by default. Here each rank has a thread that publishes two
+numbers in the store where the ranks met: its own ticks, and the beats of the training. When a rank
+has had no beat for too long, it looks at the others: who does not tick has stopped or is cut off;
+if all tick, who has the fewest beats holds up the rest.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pretrain.interruption import EXIT_REQUEUE
+
+log = logging.getLogger(__name__)
+
+
+class KeyValueStore(Protocol):
+    """What we need of torch's store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Put a value."""
+
+    def get(self, key: str) -> bytes:
+        """Get a value; waits for it, and raises when it does not come."""
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a rank last published."""
+
+    ticks: int
+    beats: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who holds up the others, in words, and which rank is to say so."""
+
+    reason: str
+    speaker: int
+
+
+def judge(before: Sequence[Pulse | None], after: Sequence[Pulse | None]) -> Verdict:
+    """Find the ranks that hold up the others.
+
+    Args:
+        before: Pulse of each rank, None where it could not be had.
+        after: The same, some seconds later.
+    """
+    alive = {
+        rank: new
+        for rank, (old, new) in enumerate(zip(before, after, strict=True))
+        if old is not None and new is not None and old.ticks != new.ticks
+    }
+    speaker = min(alive, default=0)
+    if len(alive) < len(after):
+        silent = [
+            _named(rank, after[rank] or before[rank])
+            for rank in range(len(after))
+            if rank not in alive
+        ]
+        return Verdict(f"{_listed(silent)} stopped, died or lost the network", speaker)
+    fewest = min(pulse.beats for pulse in alive.values())
+    stuck = [_named(rank, pulse) for rank, pulse in alive.items() if pulse.beats == fewest]
+    if len(stuck) == len(alive):
+        return Verdict("all ranks wait and none is behind", speaker)
+    return Verdict(f"{_listed(stuck)} made no progress, the others wait for it", speaker)
+
+
+class Watchdog:
+    """Watches the beats of this rank; a thread that lives until `stop`."""
+
+    def __init__(
+        self,
+        store: KeyValueStore,
+        rank: int,
+        world_size: int,
+        silence_seconds: float,
+        leave: Callable[[Verdict], None] | None = None,
+    ) -> None:
+        self._store = store
+        self._rank, self._world_size = rank, world_size
+        self._silence = silence_seconds
+        self._interval = min(5.0, silence_seconds / 6)
+        self._leave = leave or self._end_process
+        self._beats, self._last = 0, time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Note progress; cheap enough for every micro-batch."""
+        self._beats += 1
+        self._last = time.monotonic()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join(2 * self._interval)
+
+    def _watch(self) -> None:
+        ticks = 0
+        while not self._stopped.wait(self._interval):
+            ticks += 1
+            self._publish(ticks)
+            if time.monotonic() - self._last < self._silence:
+                continue
+            before = self._pulses()
+            # Long enough for everybody who lives to publish again.
+            if self._stopped.wait(2 * self._interval):
+                return
+            self._publish(ticks + 1)
+            self._leave(judge(before, self._pulses()))
+            return
+
+    def _publish(self, ticks: int) -> None:
+        try:
+            self._store.set(f"pulse/{self._rank}", f"{ticks} {self._beats} {socket.gethostname()}")
+        except (RuntimeError, OSError):  # the first rank keeps the store and may be the one lost
+            return
+
+    def _pulses(self) -> list[Pulse | None]:
+        return [self._pulse(rank) for rank in range(self._world_size)]
+
+    def _pulse(self, rank: int) -> Pulse | None:
+        try:
+            ticks, beats, host = self._store.get(f"pulse/{rank}").decode().split(" ", 2)
+        except (RuntimeError, OSError):
+            return None
+        return Pulse(int(ticks), int(beats), host)
+
+    def _end_process(self, verdict: Verdict) -> None:
+        # The main thread sits in a collective and cannot be woken: leave from here.
+        if verdict.speaker == self._rank:
+            log.error(
+                "no progress for %.0f s: %s; the same command continues from the last checkpoint",
+                self._silence,
+                verdict.reason,
+            )
+        else:
+            # Else the launcher, which ends all ranks when one leaves, might cut the speaker short.
+            time.sleep(self._interval)
+        os._exit(EXIT_REQUEUE)
+
+
+def _named(rank: int, pulse: Pulse | None) -> str:
+    return f"rank {rank} ({pulse.host})" if pulse is not None else f"rank {rank}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
