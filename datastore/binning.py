@@ -3,12 +3,22 @@
 A cell's counts are scaled to 10,000 after alignment to the panel, then binned by
 `min(top, floor(log2(1 + x)))`. Bins are whole numbers, so the edges are compared in exact integer
 arithmetic instead of through a logarithm that may round across one.
+
+`bin_counts` says what a bin is. Within a cell the bin depends on the count alone, so a table per
+cell, of as many entries as it takes to reach the top bin, gives the same bins with less work.
 """
+
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
+from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
+
+_CACHED_BYTES: Final = 2**21
+"""Dense memory that stays in a core's cache between clearing and filling it."""
 
 
 def bin_counts(
@@ -18,19 +28,54 @@ def bin_counts(
 
     Args:
         counts: Raw counts, 0 or more, any shape.
-        library_sizes: Sum of all panel counts of the cell each count belongs to, same shape.
+        library_sizes: Sum of all panel counts of the cell each count belongs to; broadcasts.
         config: Scale and top bin.
 
     Returns:
-        Bins 0 to `config.top_bin`, uint8, same shape. An expressed gene below 1 count per 10,000
-        is in bin 0, as in the published code.
+        Bins 0 to `config.top_bin`, uint8, in the broadcast shape. An expressed gene below 1 count
+        per 10,000 is in bin 0, as in the published code.
     """
     scaled = counts.astype(np.float64) * config.target_sum
     library = library_sizes.astype(np.float64)
-    bins = np.zeros(counts.shape, np.uint8)
+    bins = np.zeros(np.broadcast_shapes(counts.shape, library.shape), np.uint8)
     for edge in range(1, config.top_bin + 1):  # x >= 2^edge - 1, without dividing
         bins += scaled >= (2.0**edge - 1.0) * library
-    bins[counts == 0] = 0
+    bins[np.broadcast_to(counts == 0, bins.shape)] = 0
+    return bins
+
+
+def bin_cells(
+    indptr: NDArray[np.int64],
+    counts: NDArray[np.generic],
+    config: BinningConfig,
+    pool: BufferPool | None = None,
+) -> NDArray[np.uint8]:
+    """Put each count of cells in CSR form into its expression bin.
+
+    Args:
+        indptr: Row starts, (B + 1,), beginning at 0.
+        counts: Stored counts, (nnz,).
+        config: Scale and top bin.
+        pool: Where the memory comes from; none takes fresh memory.
+
+    Returns:
+        Bins, uint8, (nnz,); those of `bin_counts` with each cell's sum.
+    """
+    lengths = np.diff(indptr)
+    library = library_sizes(indptr, counts)
+    longest = _table_length(library, config)
+    whole = np.issubdtype(counts.dtype, np.unsignedinteger)
+    if not whole or not _tables_pay(longest, len(lengths), len(counts)):
+        return bin_counts(counts, np.repeat(library, lengths), config)
+    # All counts from the last entry on are in the top bin.
+    tables = bin_counts(np.arange(longest), library[:, None], config)
+    pool = pool or BufferPool()
+    place = pool.take(len(counts), np.int32)
+    last = min(longest - 1, 2 ** (8 * counts.itemsize) - 1)
+    np.minimum(counts, last, out=place, casting="unsafe")
+    place += np.repeat(np.arange(len(lengths), dtype=np.int32) * longest, lengths)
+    bins: NDArray[np.uint8] = pool.take(len(counts), np.uint8)
+    tables.ravel().take(place, out=bins, mode="clip")  # clip needs no second buffer
     return bins
 
 
@@ -40,22 +85,71 @@ def tokenize(
     counts: NDArray[np.generic],
     num_genes: int,
     config: BinningConfig,
+    pool: BufferPool | None = None,
 ) -> NDArray[np.uint8]:
     """Turn cells in CSR form into dense tokens.
 
     Args:
         indptr: Row starts, (B + 1,), beginning at 0.
-        genes: Panel position of each stored count, (nnz,).
+        genes: Panel position of each stored count, (nnz,); no gene twice in a cell.
         counts: Stored counts, (nnz,).
         num_genes: Length of the panel, G.
         config: Scale and top bin.
+        pool: Where the memory comes from; none takes fresh memory.
 
     Returns:
         Tokens, uint8 of shape (B, G); a cell without counts is all zeros.
     """
-    num_cells = len(indptr) - 1
-    rows = np.repeat(np.arange(num_cells), np.diff(indptr))
-    library = np.bincount(rows, weights=counts, minlength=num_cells)
-    tokens = np.zeros((num_cells, num_genes), np.uint8)
-    tokens[rows, genes] = bin_counts(counts, library[rows], config)
-    return tokens
+    return to_dense(indptr, genes, bin_cells(indptr, counts, config, pool), num_genes, pool)
+
+
+def library_sizes(
+    indptr: NDArray[np.int64], counts: NDArray[np.generic]
+) -> NDArray[np.int64] | NDArray[np.float64]:
+    """Sum of each cell's counts, (B,)."""
+    kind = np.int64 if np.issubdtype(counts.dtype, np.integer) else np.float64
+    sums: NDArray[Any] = np.zeros(len(indptr) - 1, kind)
+    expressed = np.diff(indptr) > 0
+    if expressed.any():
+        sums[expressed] = np.add.reduceat(counts, indptr[:-1][expressed], dtype=kind)
+    return sums
+
+
+def to_dense(
+    indptr: NDArray[np.int64],
+    genes: NDArray[np.generic],
+    values: NDArray[Any],
+    num_genes: int,
+    pool: BufferPool | None = None,
+) -> NDArray[Any]:
+    """Spread cells in CSR form over the panel; (B, G), zero where nothing is stored.
+
+    Raises:
+        ValueError: If a gene lies outside the panel.
+    """
+    if len(genes) and int(genes.max()) >= num_genes:
+        raise ValueError(f"gene {genes.max()} lies outside the panel of {num_genes} genes")
+    pool = pool or BufferPool()
+    dense = pool.take((len(indptr) - 1, num_genes), values.dtype)
+    index = np.int32 if len(genes) < 2**31 else np.int64
+    columns, starts = pool.take(len(genes), index), indptr.astype(index)
+    columns[:] = genes
+    rows = max(1, _CACHED_BYTES // max(1, num_genes * dense.itemsize))
+    for start in range(0, len(dense), rows):
+        part = dense[start : start + rows]
+        at = starts[start : start + rows + 1]
+        content = (values[at[0] : at[-1]], columns[at[0] : at[-1]], at - at[0])
+        sparse.csr_matrix(content, shape=part.shape).toarray(out=part)
+    return dense
+
+
+def _tables_pay(longest: int, num_cells: int, num_counts: int) -> bool:
+    return longest * num_cells < num_counts < 2**31
+
+
+def _table_length(library: NDArray[Any], config: BinningConfig) -> int:
+    """Counts below which a bin can change in some cell, and one more to be sure."""
+    if not len(library):
+        return 1
+    top = (2.0**config.top_bin - 1.0) * float(library.max()) / config.target_sum
+    return int(min(top, 2.0**40)) + 3

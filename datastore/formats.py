@@ -44,6 +44,8 @@ class ReadOptions:
     """Columns of obs that are carried along where a file has them."""
     known_genes: frozenset[str] = frozenset()
     """Names by which a table's genes are told from its cells."""
+    recover_counts: bool = False
+    """Whether counts may be computed back from normalised expression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,16 @@ class RawCells:
     counts: Callable[[int, int], sparse.csr_matrix]
     """Rows [start, stop) as CSR of shape (stop - start, genes)."""
     cell_names: Callable[[int, int], Names]
+    num_counts: Callable[[], int]
+    """Stored counts; of a dense file an estimate from its first cells."""
     obs: Mapping[str, Callable[[int, int], Names]] = field(default_factory=dict)
     """The columns of obs that were asked for and are there."""
     place: str = "X"
     """Where in the file the counts are, for messages."""
     whole: bool = False
     """Whether the file was decoded whole."""
+    by_row: bool = False
+    """Whether a few rows at a time are read as fast as many."""
     orientation: Orientation = "auto"
     """What a table's rows turned out to be."""
 
@@ -76,7 +82,9 @@ def _whole(
         genes=tuple(genes),
         counts=lambda start, stop: rows[start:stop],
         cell_names=lambda start, stop: names[start:stop],
+        num_counts=lambda: int(rows.nnz),
         whole=True,
+        by_row=True,
         **more,
     )
 
@@ -117,6 +125,12 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
         obs={name: partial(_values, columns[name]) for name in present},
         place=place,
         counts=_anndata_rows(matrix, shape),
+        num_counts=(
+            partial(_dense_counts, matrix, False)
+            if _is_array(matrix)
+            else lambda: int(matrix["data"].shape[0])
+        ),
+        by_row=not _is_array(matrix),
         whole=not _is_array(matrix) and "csc" in str(matrix.attrs.get("encoding-type")),
     )
 
@@ -214,6 +228,13 @@ def _dense_rows(array: Any, transposed: bool, start: int, stop: int) -> sparse.c
     return sparse.vstack([sparse.csr_matrix(block) for block in blocks], format="csr")
 
 
+def _dense_counts(array: Any, transposed: bool) -> int:
+    """Estimate the counts of a dense array, or of its transpose, from its first cells."""
+    num_cells = array.shape[1 if transposed else 0]
+    seen = min(num_cells, 64)
+    return int(_dense_rows(array, transposed, 0, seen).nnz / max(1, seen) * num_cells)
+
+
 # --- 10x ---
 
 
@@ -243,6 +264,8 @@ def _open_10x_h5(path: Path, options: ReadOptions) -> Iterator[RawCells]:
                 _compressed_rows(group, len(genes), start, stop), kept
             ),
             cell_names=partial(_values, group["barcodes"]),
+            num_counts=lambda: len(group["data"]),
+            by_row=True,
             place=genomes[0],
         )
 
@@ -333,6 +356,7 @@ def _open_loom(path: Path, options: ReadOptions) -> Iterator[RawCells]:
             num_cells=int(matrix.shape[1]),
             genes=tuple(map(str, _values(genes, 0, None))),
             counts=partial(_dense_rows, matrix, True),
+            num_counts=partial(_dense_counts, matrix, True),
             cell_names=_row_numbers if cells is None else partial(_values, cells),
             obs={name: partial(_values, columns[name]) for name in present},
             place=place,

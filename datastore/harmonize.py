@@ -197,6 +197,8 @@ def write_report(
     lines: Sequence[Harmonization],
     shares_of_counts: Sequence[float],
     tables: GeneTables = NO_TABLES,
+    dropped_cells: Sequence[Mapping[str, int]] | None = None,
+    shared_cells: Sequence[Mapping[str, str | int]] = (),
 ) -> None:
     """Write `harmonization.json` and the same as a table, `harmonization.txt`.
 
@@ -205,31 +207,48 @@ def write_report(
         lines: What became of each source's genes.
         shares_of_counts: Share of each source's counts that fell on panel genes, 0 to 1.
         tables: The tables used, whose digests are kept.
+        dropped_cells: For each source how many cells were dropped, by reason.
+        shared_cells: `source`, `first` and `cells`: how many cells of a source have the counts of
+            an earlier cell, and whose.
     """
+    reasons = [{} for _ in lines] if dropped_cells is None else dropped_cells
     report = {
         "tables": dict(tables.digests),
         "sources": [
-            {**asdict(line), "share_found": line.share_found, "share_of_counts_kept": share}
-            for line, share in zip(lines, shares_of_counts, strict=True)
+            {
+                **asdict(line),
+                "share_found": line.share_found,
+                "share_of_counts_kept": share,
+                **dropped,
+            }
+            for line, share, dropped in zip(lines, shares_of_counts, reasons, strict=True)
         ],
+        "shared_cells": [dict(shared) for shared in shared_cells],
     }
     text = json.dumps(report, indent=1) + "\n"
     (folder / "harmonization.json").write_text(text, encoding="utf-8")
+    titles = list(reasons[0]) if reasons else []
     rows = [
         f"{'source':32} {'genes':>8} {'panel found':>11} {'counts kept':>11} "
         f"{'renamed':>8} {'summed':>8} {'dropped':>8} {'ambiguous':>9}"
+        + "".join(f" {title.replace('_', ' '):>15}" for title in titles)
     ]
     details = []
-    for line, share in zip(lines, shares_of_counts, strict=True):
+    for line, share, dropped in zip(lines, shares_of_counts, reasons, strict=True):
         rows.append(
             f"{line.source:32} {line.genes_in_source:8,} {line.share_found:11.1%} {share:11.1%} "
             f"{line.renamed.count:8,} {line.summed.count:8,} {line.dropped.count:8,} "
-            f"{line.ambiguous.count:9,}"
+            f"{line.ambiguous.count:9,}" + "".join(f" {dropped[title]:15,}" for title in titles)
         )
         for title in ("renamed", "summed", "dropped", "ambiguous"):
             names: NameList = getattr(line, title)
             if names.count:
                 more = ", …" if names.count > len(names.first) else ""
                 details.append(f"{line.source}, {title}: {', '.join(names.first)}{more}")
+    details += [
+        f"{shared['source']}: {shared['cells']:,} cells have the counts of cells of "
+        f"{shared['first'] if shared['first'] != shared['source'] else 'the same source'}"
+        for shared in shared_cells
+    ]
     text = "\n".join([*rows, "", *details]) + "\n"
     (folder / "harmonization.txt").write_text(text, encoding="utf-8")

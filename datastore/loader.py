@@ -1,21 +1,29 @@
-"""Sampler × reader × read-ahead: positions become tokens.
+"""Sampler × reader × read-ahead: positions become batches.
 
 1. `CellSampler` says which cells the next steps need.
-2. The loader fetches all of them at once, in store order: neighbours in a lane's window lie in few
-   blocks, so reads are long.
-3. Each micro-batch is cut from what was fetched, and tokenized.
+2. They are read together, in store order: neighbours in a lane's window lie in few blocks, so
+   reads are long. Two arenas take turns: one is filled by TensorStore's threads while batches are
+   cut from the other.
+3. Each micro-batch is cut from its arena and given the form that was asked for: counts in CSR
+   form, dense tokens, or the bins of expressed genes only.
+
+A batch belongs to whoever holds it. When nobody does any more, its memory serves the next one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.binning import tokenize
+from datastore.binning import bin_cells, to_dense, tokenize
+from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
-from datastore.reader import CellBlock, CellReader
+from datastore.reader import Arena, CellBlock, CellReader, PendingCells, ReadPlan
 from datastore.sampler import CellSampler
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,44 @@ class TokenBatch:
     tokens: NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class PackedBatch:
+    """Expressed genes of some cells, one cell behind the other.
+
+    Attributes:
+        positions: Store position of each cell, (B,).
+        offsets: First gene of each cell, and their number at the end; int64, (B + 1,).
+        genes: Panel position of each expressed gene, (nnz,).
+        bins: Expression bin of each, uint8, (nnz,).
+    """
+
+    positions: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    genes: NDArray[np.generic]
+    bins: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """Steps whose cells share an arena."""
+
+    steps: list[list[NDArray[np.int64]]]
+    plan: ReadPlan
+
+
 class CellLoader:
-    """Micro-batches of tokens, from any step of any epoch on."""
+    """Micro-batches of this rank, from any step of any epoch on.
+
+    Args:
+        reader: Reads the store.
+        sampler: Says which cells belong to a step.
+        num_genes: Length of the panel, G.
+        binning: How counts become tokens.
+        windows_ahead: Windows of each lane that are read at once. Whole ones, so that no cell is
+            decoded twice. An arena holds `windows_ahead` × `window` × `lanes` cells over all ranks,
+            at 4 bytes per expressed gene, and there are two.
+        bytes_ahead: Most bytes of an arena, as long as the cells of one step fit.
+    """
 
     def __init__(
         self,
@@ -40,36 +84,93 @@ class CellLoader:
         sampler: CellSampler,
         num_genes: int,
         binning: BinningConfig,
-        cells_ahead: int = 32_768,
+        windows_ahead: int = 1,
+        bytes_ahead: int = 2**29,
     ) -> None:
         self._reader = reader
         self._sampler = sampler
         self._num_genes = num_genes
         self._binning = binning
-        per_rank = max(1, sampler.global_batch_size // sampler.world_size)
-        self._steps_ahead = max(1, cells_ahead // per_rank)
+        order = sampler.order.config
+        window_cells = windows_ahead * order.window * order.lanes
+        self._steps_ahead = max(1, window_cells // sampler.global_batch_size)
+        self._values_ahead = bytes_ahead // 4
+        self._pool = BufferPool(16)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[TokenBatch]]:
-        """Yield each step's micro-batches of this rank, beginning with `first_step`."""
-        steps = range(first_step, self._sampler.steps_per_epoch)
-        for begin in range(0, len(steps), self._steps_ahead):
-            plan = [
-                self._sampler.micro_batches(epoch, step)
-                for step in steps[begin : begin + self._steps_ahead]
-            ]
-            flat = [positions for step in plan for positions in step]
-            cells = self._reader.read(np.concatenate(flat))
+        """Yield each step's micro-batches as dense tokens, beginning with `first_step`."""
+        return self._batches(epoch, first_step, self._tokens)
+
+    def packed(self, epoch: int, first_step: int = 0) -> Iterator[list[PackedBatch]]:
+        """Yield each step's micro-batches as bins of expressed genes."""
+        return self._batches(epoch, first_step, self._bins)
+
+    def cells(self, epoch: int, first_step: int = 0) -> Iterator[list[CellBlock]]:
+        """Yield each step's micro-batches as stored: counts in CSR form."""
+        return self._batches(epoch, first_step, lambda cells: cells)
+
+    def dense(self, epoch: int, first_step: int = 0) -> Iterator[list[NDArray[np.float32]]]:
+        """Yield each step's micro-batches as dense counts, float32 (B, G)."""
+        return self._batches(epoch, first_step, self._dense)
+
+    def _tokens(self, cells: CellBlock) -> TokenBatch:
+        return to_tokens(cells, self._num_genes, self._binning, self._pool)
+
+    def _bins(self, cells: CellBlock) -> PackedBatch:
+        bins = bin_cells(cells.indptr, cells.counts, self._binning, self._pool)
+        return PackedBatch(cells.positions, cells.indptr, cells.genes, bins)
+
+    def _dense(self, cells: CellBlock) -> NDArray[np.float32]:
+        counts = self._pool.take(len(cells.counts), np.float32)
+        counts[:] = cells.counts
+        return to_dense(cells.indptr, cells.genes, counts, self._num_genes, self._pool)
+
+    def _batches(
+        self, epoch: int, first_step: int, form: Callable[[CellBlock], Batch]
+    ) -> Iterator[list[Batch]]:
+        arenas = (Arena(), Arena())
+        fills = self._fills(epoch, first_step)
+        present = next(fills, None)
+        pending = self._start(present, arenas[0])
+        following = next(fills, None)
+        while present is not None and pending is not None:
+            cells = pending.result()
+            arenas = arenas[::-1]
+            pending = self._start(following, arenas[0])
             row = 0
-            for step in plan:
+            for step in present.steps:
                 batches = []
                 for positions in step:
                     rows = np.arange(row, row + len(positions))
                     row += len(positions)
-                    batches.append(to_tokens(cells.take(rows), self._num_genes, self._binning))
+                    batches.append(form(cells.take(rows, self._pool)))
                 yield batches
+                del batches  # or its memory could not serve the next step
+            # The next plan reads row starts, while what `following` needs is still being decoded.
+            present, following = following, next(fills, None)
+
+    def _start(self, fill: _Fill | None, arena: Arena) -> PendingCells | None:
+        return None if fill is None else self._reader.start(fill.plan, arena)
+
+    def _fills(self, epoch: int, first_step: int) -> Iterator[_Fill]:
+        """Cut the steps into groups that are read together, at whole multiples of their length."""
+        step = first_step
+        while step < self._sampler.steps_per_epoch:
+            stop = step - step % self._steps_ahead + self._steps_ahead
+            stop = min(stop, self._sampler.steps_per_epoch)
+            while True:
+                steps = self._sampler.plan(epoch, range(step, stop))
+                plan = self._reader.plan(np.concatenate([cells for of in steps for cells in of]))
+                if plan.num_values <= self._values_ahead or stop == step + 1:
+                    break
+                stop = step + (stop - step) // 2
+            yield _Fill(steps, plan)
+            step = stop
 
 
-def to_tokens(cells: CellBlock, num_genes: int, binning: BinningConfig) -> TokenBatch:
+def to_tokens(
+    cells: CellBlock, num_genes: int, binning: BinningConfig, pool: BufferPool | None = None
+) -> TokenBatch:
     """Tokenize cells as read."""
-    tokens = tokenize(cells.indptr, cells.genes, cells.counts, num_genes, binning)
+    tokens = tokenize(cells.indptr, cells.genes, cells.counts, num_genes, binning, pool)
     return TokenBatch(cells.positions, tokens)

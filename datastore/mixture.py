@@ -58,12 +58,16 @@ class CellSpan:
         """Give the store position of each index."""
         return self.start + (self.first + index) % self.size
 
+    def holds(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell of each position in [start, start + size) whether it is one of them."""
+        return (positions - self.start - self.first) % self.size < self.num_cells
+
 
 @dataclass(frozen=True, eq=False)
 class CellList:
     """Cells anywhere: their positions, rising."""
 
-    positions: NDArray[np.integer[Any]]
+    positions: NDArray[Any]
 
     @property
     def num_cells(self) -> int:

@@ -74,9 +74,9 @@ def is_source_folder(path: Path) -> bool:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Tell whether a folder is a cell store of ours, or one that is being built."""
+    """Tell whether a folder is a cell store of ours, or one that is being written."""
     return (_is_zarr(path) and (path / "manifest.json").exists()) or path.name.endswith(
-        (".building", ".former")
+        (".building", ".appending", ".former")
     )
 
 

@@ -111,14 +111,16 @@ def shuffled(
     window_length = np.minimum(window, lane_length - window_start)
     key = mix(mix(window_key, lane), number)
     within = window_start + permute(turn - window_start, window_length, key)
-    return _block_sequence(lane_start + within, size, block_key, config.block)
+    # A block longer than a lane would leave a small store's lanes the same in every epoch.
+    block = np.minimum(config.block, np.maximum(length, 1))
+    return _block_sequence(lane_start + within, size, block_key, block)
 
 
 def _block_sequence(
     index: NDArray[np.int64],
     size: NDArray[np.int64] | np.int64,
     key: NDArray[np.uint64] | np.uint64,
-    block: int,
+    block: NDArray[np.int64] | np.int64,
 ) -> NDArray[np.int64]:
     """Cell at each index of the sequence of permuted blocks; the short block goes anywhere."""
     full, short = size // block, size % block

@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from datastore.formats import FORMATS, Names, RawCells, ReadOptions
 from datastore.manifest import ListedSource
 from datastore.recognition import recognise
+from datastore.recovery import UnprovenCounts, recover_counts
 
 LARGEST_COUNT: Final = 2**32 - 1
 
@@ -37,6 +39,8 @@ class Source:
     sha256: str
     num_cells: int
     genes: tuple[str, ...]
+    num_counts: int = 0
+    """How many counts are stored, about; the space that an ingest needs is estimated from it."""
     whole: bool = False
     """Whether opening it decodes it whole, so that all its slices are best read at once."""
     labels: tuple[tuple[str, str], ...] = ()
@@ -97,6 +101,7 @@ def scan_listed(listed: ListedSource, options: ReadOptions) -> Source:
             sha256=_digest(path),
             num_cells=cells.num_cells,
             genes=cells.genes,
+            num_counts=cells.num_counts(),
             whole=cells.whole,
             labels=listed.labels,
         )
@@ -116,7 +121,8 @@ class OpenSource:
             CSR of shape (stop - start, genes of the source), in the file's own number type.
 
         Raises:
-            ValueError: If the file is damaged, or a count is negative, not finite, or not whole.
+            ValueError: If the file is damaged, or a count is negative, not finite, or not whole
+                (and may not, or cannot, be computed back from normalised expression).
         """
         path = self.source.path
         try:
@@ -124,8 +130,23 @@ class OpenSource:
             matrix.check_format(full_check=True)
         except (OSError, ValueError, IndexError) as error:
             raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
-        check_counts(matrix, f"{path}, {self.cells.place}", first_row=start)
+        where = f"{path}, {self.cells.place}"
+        if self.source.options.recover_counts and looks_normalised(matrix):
+            matrix = self._recovered(matrix, where, start)
+        check_counts(matrix, where, first_row=start)
         return matrix
+
+    def _recovered(self, matrix: sparse.csr_matrix, where: str, start: int) -> sparse.csr_matrix:
+        try:
+            return recover_counts(matrix)
+        except UnprovenCounts as refusal:
+            row = start + refusal.row
+            name = self.cell_names(row, row + 1)[0]
+            raise ValueError(
+                f"{where}: the counts of cell {name} (row {row}) cannot be recovered: no unit "
+                "makes all its values whole counts, with log1p, log2, log10 or no logarithm; "
+                "give the raw counts"
+            ) from refusal
 
     def cell_names(self, start: int, stop: int) -> Names:
         """Read the names of rows [start, stop), as `source name/cell name`."""
@@ -173,6 +194,8 @@ def check_counts(matrix: sparse.csr_matrix, where: str, first_row: int = 0) -> N
     data = matrix.data
     if not np.issubdtype(data.dtype, np.number):
         raise ValueError(f"{where} holds {data.dtype} values; raw counts are needed")
+    if _are_counts(data):
+        return
     problem = ""
     for kind, bad in (
         ("a value that is not finite", ~np.isfinite(data)),
@@ -185,17 +208,33 @@ def check_counts(matrix: sparse.csr_matrix, where: str, first_row: int = 0) -> N
             row = first_row + int(np.searchsorted(matrix.indptr, at, side="right")) - 1
             problem = f"{kind} ({data[at]:.6g}, row {row}, column {int(matrix.indices[at])})"
             break
-    if not problem:
-        return
     advice = "give the raw counts"
-    if "whole" in problem and data.max() < 20:
+    if "whole" in problem and looks_normalised(matrix) and data.max() < 20:
         advice = (
             "this looks like log-normalised expression: give the raw counts, often found in "
-            "layers['counts'] (--layer counts) or in raw (--layer raw)"
+            "layers['counts'] (--layer counts) or in raw (--layer raw), or try to compute them "
+            "back (--recover_counts true)"
         )
     elif "negative" in problem:
         advice = "this looks like scaled expression: give the raw counts"
     raise ValueError(f"{where} holds {problem}; {advice}")
+
+
+def _are_counts(data: NDArray[Any]) -> bool:
+    """Tell whether all values are whole and in range, a cache's worth of them at a time."""
+    with np.errstate(invalid="ignore"):
+        return all(
+            (data[start : start + 2**16].astype(np.uint32) == data[start : start + 2**16]).all()
+            for start in range(0, len(data), 2**16)
+        )
+
+
+def looks_normalised(matrix: sparse.csr_matrix) -> bool:
+    """Tell whether values are not whole, but else may be expression that was counted."""
+    data = matrix.data
+    if not np.issubdtype(data.dtype, np.floating) or not np.isfinite(data).all():
+        return False
+    return bool((data >= 0).all() and (data != np.rint(data)).any())
 
 
 def _digest(path: Path) -> str:

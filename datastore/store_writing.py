@@ -3,9 +3,8 @@
 The format is told in `datastore.store`. Nothing here changes a partition that a manifest names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +14,12 @@ import zarr
 from anndata.io import write_elem
 from numpy.typing import NDArray
 from scipy import sparse
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
+from datastore.config import Codec
 from datastore.genes import GenePanel
+from datastore.shards import ShardedArray
 from datastore.store import (
     GENES,
-    MANIFEST,
     MEASURED,
     RECORDS,
     SCHEMA_VERSION,
@@ -28,6 +27,7 @@ from datastore.store import (
     content_id,
     file_digest,
     generation_folder,
+    publish_manifest,
     record_path,
     write_json,
 )
@@ -37,20 +37,46 @@ _CHUNK_ROUNDING: Final = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySizes:
-    """How many cells are decoded at once, and how many share a file."""
+    """How many cells are decoded at once, how many share a file, and how hard it is compressed."""
 
     cells_per_chunk: int
     cells_per_shard: int
+    codec: Codec = "fast"
 
 
 def write_partition(
     path: Path, counts: sparse.csr_matrix, obs: pd.DataFrame, panel: GenePanel, sizes: ArraySizes
 ) -> None:
-    """Write one AnnData part.
+    """Write one AnnData part from a matrix in memory.
 
     Args:
         path: Folder of the part; replaced if it exists half-written.
         counts: Whole counts, CSR of shape (B, G), columns sorted.
+        obs: One row per cell.
+        panel: The genes, G.
+        sizes: How many cells share a chunk and a shard.
+    """
+    largest = int(counts.data.max()) if counts.nnz else 0
+    pieces = [(counts.indices, counts.data)]
+    stream_partition(path, counts.indptr, pieces, largest, obs, panel, sizes)
+
+
+def stream_partition(
+    path: Path,
+    indptr: NDArray[np.integer[Any]],
+    pieces: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+    largest: int,
+    obs: pd.DataFrame,
+    panel: GenePanel,
+    sizes: ArraySizes,
+) -> None:
+    """Write one AnnData part from counts that come piece by piece; otherwise as `write_partition`.
+
+    Args:
+        path: Folder of the part.
+        indptr: Where each cell's counts begin, and their number at the end, (B + 1,).
+        pieces: Panel positions and counts, in the order of the cells and sorted within them.
+        largest: No count is higher.
         obs: One row per cell.
         panel: The genes, G.
         sizes: How many cells share a chunk and a shard.
@@ -69,16 +95,22 @@ def write_partition(
         {
             "encoding-type": "csr_matrix",
             "encoding-version": "0.1.0",
-            "shape": [int(length) for length in counts.shape],
+            "shape": [len(indptr) - 1, len(panel)],
         }
     )
-    per_cell = max(1.0, counts.nnz / max(1, counts.shape[0]))
-    largest = int(counts.data.max()) if counts.nnz else 0
+    num_counts = int(indptr[-1])
+    per_cell = max(1.0, num_counts / max(1, len(indptr) - 1))
     count_type = np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
     gene_type = np.uint16 if len(panel) <= np.iinfo(np.uint16).max + 1 else np.uint32
-    _write_array(matrix, "data", counts.data.astype(count_type), per_cell, sizes)
-    _write_array(matrix, "indices", counts.indices.astype(gene_type), per_cell, sizes)
-    _write_array(matrix, "indptr", counts.indptr.astype(np.int64), 16.0, sizes)
+    data = _new_array(path / "X", "data", num_counts, count_type, per_cell, sizes)
+    indices = _new_array(path / "X", "indices", num_counts, gene_type, per_cell, sizes)
+    for genes, counts in pieces:
+        indices.extend(genes)
+        data.extend(counts)
+    pointers = _new_array(path / "X", "indptr", len(indptr), np.int64, 16.0, sizes)
+    pointers.extend(indptr)
+    for array in (data, indices, pointers):
+        array.close()
 
 
 def write_record(path: Path, number: int) -> None:
@@ -89,7 +121,7 @@ def write_record(path: Path, number: int) -> None:
     """
     target = record_path(path, number)
     target.parent.mkdir(exist_ok=True)
-    write_json(target, _digests(path / f"dataset_{number}"))
+    write_json(target, digests_below(path / f"dataset_{number}"))
 
 
 def write_measured(path: Path, measured: NDArray[np.bool_], generation: int = 0) -> None:
@@ -150,15 +182,16 @@ def write_manifest(
     files = {name: _size_and_digest(path / name) for name in ("zarr.json", GENES)}
     files |= {
         f"{RECORDS}/{name}": entry
-        for name, entry in _digests(path / RECORDS).items()
+        for name, entry in digests_below(path / RECORDS).items()
         if not name.endswith(".part")
     }
     header = replace(header, store_id=content_id(asdict(header), files))
-    write_json(path / MANIFEST, {"header": asdict(header), "files": files})
+    publish_manifest(path, asdict(header), files)
     return header
 
 
-def _digests(folder: Path) -> dict[str, tuple[int, str]]:
+def digests_below(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file below a folder, by its name from there."""
     return {
         file.relative_to(folder).as_posix(): _size_and_digest(file)
         for file in sorted(folder.rglob("*"))
@@ -170,40 +203,19 @@ def _size_and_digest(file: Path) -> tuple[int, str]:
     return file.stat().st_size, file_digest(file)
 
 
-def _write_array(
-    group: zarr.Group,
+def _new_array(
+    folder: Path,
     name: str,
-    values: NDArray[np.generic],
+    length: int,
+    kind: type[np.integer[Any]],
     values_per_cell: float,
     sizes: ArraySizes,
-) -> None:
-    """Write a sharded array; crc32c on every chunk is what catches a flipped bit on reading."""
+) -> ShardedArray:
     chunk = _rounded(values_per_cell * sizes.cells_per_chunk)
     shard = chunk * max(1, round(values_per_cell * sizes.cells_per_shard / chunk))
-    size = values.dtype.itemsize
-    array = zarr.create_array(
-        group.store_path / name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=(shard,),
-        fill_value=0,
-        config={"write_empty_chunks": True},  # so that a missing one is damage
-        filters=None,
-        compressors=None,
-        serializer=ShardingCodec(
-            chunk_shape=(chunk,),
-            codecs=[
-                BytesCodec(endian="little"),
-                BloscCodec(cname="lz4", clevel=3, shuffle="shuffle", typesize=size),
-                Crc32cCodec(),
-            ],
-            index_codecs=[BytesCodec(endian="little"), Crc32cCodec()],
-        ),
+    return ShardedArray(
+        folder, name, length, np.dtype(kind), chunk=chunk, shard=shard, codec=sizes.codec
     )
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    edges = [*range(0, len(values), shard), len(values)]
-    for start, stop in pairwise(edges):
-        array[start:stop] = values[start:stop]
 
 
 def _rounded(length: float) -> int:

@@ -1,6 +1,7 @@
-"""Build a cell store from raw files.
+"""Build a cell store from raw files, or add some to it.
 
 python launchers/build_store.py --sources '[cells.h5ad]' --output cells.zarr
+python launchers/build_store.py --sources '[more.h5ad]' --output cells.zarr --append true
 """
 
 import sys
@@ -25,9 +26,10 @@ def _main(argv: list[str] | None) -> None:
         description="Build a cell store (sharded Zarr, AnnData-readable) from raw count files.",
         example="python launchers/build_store.py --sources '[data/*.h5ad]' --output cells.zarr",
     )
+    from datastore.append import append_store
     from datastore.ingest import build_store
 
-    store = build_store(config)
+    store = append_store(config) if config.append else build_store(config)
     cli.echo(f"{'source':32} {'cells':>9} {'kept':>9} {'panel genes found':>18}")
     for line in store.header.sources:
         cli.echo(

@@ -57,7 +57,9 @@ def identity(config: PretrainConfig, store: CellStore) -> dict[str, Any]:
     return {
         "store_id": store.header.store_id,
         "seed": config.seed,
+        "data": asdict(config.data),
         "encoder": asdict(config.encoder),
+        "gene2vec.vectors": _digest_of_vectors(config),
         "binning": asdict(config.binning),
         "masking": asdict(config.masking),
         "order": asdict(config.order),
@@ -66,6 +68,11 @@ def identity(config: PretrainConfig, store: CellStore) -> dict[str, Any]:
         "redraw_every": config.redraw_every,
         "validation_share": config.validation_share,
     }
+
+
+def _digest_of_vectors(config: PretrainConfig) -> str | None:
+    vectors = config.gene2vec.vectors
+    return None if vectors is None else file_digest(Path(vectors))
 
 
 def save_checkpoint(

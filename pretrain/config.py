@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datastore.config import BinningConfig, OrderConfig
+from datastore.config import BinningConfig, OrderConfig, SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Gene2VecConfig:
-    """Files of the gene2vec vectors; read when encoder.gene_embedding is gene2vec."""
+    """Files of gene vectors: gene2vec keeps them as they are, a learned table begins with them."""
 
     vectors: str | None = None
-    """NumPy file of shape (genes, dim)."""
+    """NumPy file of shape (genes, dim), or word2vec text; `scbert genes embed` makes one."""
     names: str | None = None
-    """Text file with the gene name of each row."""
+    """Gene name of each row of a NumPy file; none takes the `.txt` of the same name beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,7 @@ class PretrainConfig:
     """Save and stop once this step is reached, leaving the rest for the next start."""
     seed: int = 0
     """Seed of weights, order, masks and projections."""
+    data: SelectionConfig = field(default_factory=SelectionConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     gene2vec: Gene2VecConfig = field(default_factory=Gene2VecConfig)
     binning: BinningConfig = field(default_factory=BinningConfig)
@@ -179,7 +180,8 @@ class PretrainConfig:
     redraw_every: int = 17
     """Steps between redraws of the random features, 0 never (scBERT: 1,000 passes, 60 a step)."""
     validation_share: float = 0.05
-    """Share of the store's cells, from its start, that is held out."""
+    """Share of the store's cells that is held out, of each ingest into it; which ones,
+    `data.split_by` and `data.split_seed` say."""
     validation_cells: int = 10_000
     """At most this many of the held-out cells are evaluated each time."""
     evaluate_every: int = 500
@@ -215,9 +217,14 @@ class PretrainConfig:
             raise ValueError(f"watchdog_minutes is {self.watchdog_minutes}; give 0 (off) or more")
         if self.redraw_every < 0:
             raise ValueError(f"redraw_every is {self.redraw_every}; give 0 (never) or more")
-        gene2vec = self.encoder.gene_embedding == "gene2vec"
-        if gene2vec and None in (self.gene2vec.vectors, self.gene2vec.names):
+        if self.encoder.gene_embedding == "gene2vec" and self.gene2vec.vectors is None:
             raise ValueError(
                 "encoder.gene_embedding is gene2vec: name the files with --gene2vec.vectors X.npy "
-                "--gene2vec.names GENES.txt, or train a table (--encoder.gene_embedding learned)"
+                "--gene2vec.names GENES.txt (scbert genes embed makes them), or train a table "
+                "(--encoder.gene_embedding learned)"
+            )
+        if self.encoder.gene_embedding == "none" and self.gene2vec.vectors is not None:
+            raise ValueError(
+                "gene2vec.vectors are given, but encoder.gene_embedding is none; choose gene2vec "
+                "or learned"
             )

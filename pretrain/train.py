@@ -13,18 +13,21 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from datastore.gene_embedding import load_gene_vectors
+from datastore.gene_embedding import load_gene_vectors, provenance_of
 from datastore.genes import GenePanel
 from datastore.loader import CellLoader, TokenBatch, to_tokens
 from datastore.reader import CellReader
-from datastore.sampler import CellOrder, CellSampler
+from datastore.sampler import CellSampler
+from datastore.selection import Selection, select_cells
 from datastore.store import CellStore, open_store
+from datastore.verification import check_complete
 from pretrain.checkpoint import TrainingState, identity, resume, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.encoder import build_encoder
-from pretrain.engine import TrainingEngine
+from pretrain.engine import TrainingEngine, read_deepspeed_json
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in
@@ -37,7 +40,9 @@ from pretrain.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _STRAGGLER: Final = 2.0
-"""A rank that needs so many times as long as the others for its own work is named."""
+"""A rank that needs so many times as long as the others for its own work …"""
+_STRAGGLER_WINDOWS: Final = 3
+"""… in so many log windows in a row is named."""
 
 
 def pretrain(
@@ -55,19 +60,29 @@ def pretrain(
         the run ended early), whether it was `interrupted` by a request, equal on all ranks; and the
         MLflow run id, which only the first rank knows (none elsewhere).
     """
+    with ranks.failing_together():
+        accumulation = config.batch.accumulation_steps(ranks.world_size)
+        read_deepspeed_json(config.deepspeed)  # refuse it before anything is written
+        store = open_store(config.store)
+        if ranks.is_first:
+            check_complete(store)
     with ExitStack() as held:
         with ranks.failing_together():
             if ranks.is_first:
                 held.enter_context(only_training_in(Path(config.output)))
-        return _pretrain(config, ranks, request or StopRequest())
+        return _pretrain(config, store, accumulation, ranks, request or StopRequest())
 
 
-def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dict[str, Any]:
-    accumulation = config.batch.accumulation_steps(ranks.world_size)
-    store = open_store(config.store)
+def _pretrain(
+    config: PretrainConfig, store: CellStore, accumulation: int, ranks: Ranks, request: StopRequest
+) -> dict[str, Any]:
     output = Path(config.output)
-    held_out = int(store.num_cells * config.validation_share)
-    order = CellOrder(held_out, store.num_cells, config.seed, config.order)
+    selection = select_cells(store, config.data, config.validation_share)
+    log.info(
+        "training on %s of the store's %s cells, %s held out",
+        *(f"{n:,}" for n in (selection.num_training, store.num_cells, selection.num_held_out)),
+    )
+    order = selection.order(config.seed, config.order)
     sampler = CellSampler(
         order, config.batch.global_size, ranks.rank, ranks.world_size, accumulation
     )
@@ -77,9 +92,10 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dic
 
     reader = CellReader(store)
     loader = CellLoader(reader, sampler, len(store.panel), config.binning)
-    validation = list(_validation_batches(reader, store, held_out, config, ranks))
+    validation = list(_validation_batches(reader, store, selection, config, ranks))
 
-    engine = TrainingEngine(_build_model(config, store.panel), config, ranks)
+    vectors, origin = _gene_vectors(config, store.panel)
+    engine = TrainingEngine(_build_model(config, store.panel, vectors), config, ranks)
     who = identity(config, store)
     checkpoints = output / "checkpoints"
     state = resume(checkpoints, engine, who, ranks) or TrainingState()
@@ -87,7 +103,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dic
         log.info("continuing at step %d of %d", state.step, total_steps)
 
     with (
-        _start_tracker(config, ranks, state, store) as tracker,
+        _start_tracker(config, ranks, state, store, selection) as tracker,
         _watched(engine, config.watchdog_minutes * 60, ranks),
     ):
         state = replace(state, run_id=tracker.run_id)
@@ -135,7 +151,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, request: StopRequest) -> dic
         export = None
         if state.step >= total_steps:
             metrics = metrics or evaluate(engine, validation, config, ranks)
-            export = _export(engine, store, config, state, metrics, output, ranks)
+            export = _export(engine, store, config, state, metrics, origin, ranks)
             tracker.log_artifacts(export, "export")
     return {
         "step": state.step,
@@ -154,6 +170,7 @@ def _watched(engine: TrainingEngine, silence_seconds: float, ranks: Ranks) -> It
         yield
         return
     store = ranks.open_store()
+    ranks.barrier()  # the first rank may come late from its tracker
     watchdog = Watchdog(store, ranks.rank, ranks.world_size, silence_seconds)
     engine.on_progress = watchdog.beat
     try:
@@ -198,7 +215,7 @@ def _training_step(
         with window.own_work():
             loss, correct = engine(*to_tensors(batch, ranks.device))
         engine.backward(loss / max(1.0, all_targets))
-        if not (math.isfinite(loss) and engine.gradient_is_finite()):
+        if not (math.isfinite(loss.detach()) and engine.gradient_is_finite()):
             broken += batches[number].positions.tolist()
         if number == len(masked) - 1:
             with ranks.failing_together():  # before the update, which would spoil the weights
@@ -224,6 +241,8 @@ class _Window:
 
     def __init__(self, hosts: list[str]) -> None:
         self._hosts = hosts
+        self._slow = 0, 0
+        """The slowest rank, and in how many windows in a row it was much slower."""
         self._begin()
 
     def _begin(self) -> None:
@@ -255,16 +274,7 @@ class _Window:
         loss, correct, rule, targets, cells = ranks.sum(list(self._sums))
         own, seconds = ranks.gather(self._own_seconds), self._seconds
         self._begin()
-        slowest = int(np.argmax(own))
-        others = own[:slowest] + own[slowest + 1 :]
-        if others and own[slowest] > _STRAGGLER * np.median(others):
-            log.warning(
-                "rank %d (%s) is a straggler: %.2f s of its own work, the others' median %.2f s",
-                slowest,
-                self._hosts[slowest],
-                own[slowest],
-                np.median(others),
-            )
+        self._look_for_straggler(own)
         targets = max(1.0, targets)
         return {
             "loss": loss / targets,
@@ -272,6 +282,22 @@ class _Window:
             "commonest_bin_accuracy": rule / targets,
             "cells_per_second": cells / seconds,
         }
+
+    def _look_for_straggler(self, own: list[float]) -> None:
+        """Name a rank that was much slower than the others in several windows in a row."""
+        slowest = int(np.argmax(own))
+        others = own[:slowest] + own[slowest + 1 :]
+        slow = bool(others) and own[slowest] > _STRAGGLER * float(np.median(others))
+        former, count = self._slow
+        self._slow = slowest, (count if former == slowest else 0) + 1 if slow else 0
+        if self._slow[1] == _STRAGGLER_WINDOWS:
+            log.warning(
+                "rank %d (%s) is a straggler: %.2f s of its own work, the others' median %.2f s",
+                slowest,
+                self._hosts[slowest],
+                own[slowest],
+                np.median(others),
+            )
 
 
 def _steps(
@@ -288,20 +314,10 @@ def _steps(
             step += 1
 
 
-def _build_model(config: PretrainConfig, panel: GenePanel) -> MaskedGeneModel:
+def _build_model(
+    config: PretrainConfig, panel: GenePanel, vectors: Tensor | None = None
+) -> MaskedGeneModel:
     """Model with the same weights on every rank."""
-    vectors = None
-    if config.gene2vec.vectors is not None and config.gene2vec.names is not None:
-        found, share = load_gene_vectors(
-            Path(config.gene2vec.vectors), Path(config.gene2vec.names), panel
-        )
-        if found.shape[1] != config.encoder.dim:
-            raise ValueError(
-                f"gene2vec.vectors have {found.shape[1]} columns but encoder.dim is "
-                f"{config.encoder.dim}; set --encoder.dim {found.shape[1]}"
-            )
-        log.info("gene2vec: vectors for %.1f %% of the panel", 100 * share)
-        vectors = torch.from_numpy(found)
     if config.encoder.gene_embedding == "none":
         log.warning(
             "encoder.gene_embedding is none: without gene identity the published model collapses "
@@ -311,6 +327,33 @@ def _build_model(config: PretrainConfig, panel: GenePanel) -> MaskedGeneModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return MaskedGeneModel(encoder)
+
+
+def _gene_vectors(
+    config: PretrainConfig, panel: GenePanel
+) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """Gene vectors in panel order and where they come from, if any are given."""
+    if config.gene2vec.vectors is None:
+        return None, None
+    path, names = Path(config.gene2vec.vectors), config.gene2vec.names
+    vectors = load_gene_vectors(path, None if names is None else Path(names), panel)
+    if vectors.matrix.shape[1] != config.encoder.dim:
+        raise ValueError(
+            f"gene2vec.vectors have {vectors.matrix.shape[1]} columns but encoder.dim is "
+            f"{config.encoder.dim}; set --encoder.dim {vectors.matrix.shape[1]}"
+        )
+    without = int((~vectors.found).sum())
+    log.info("gene2vec: vectors for %d of %d genes", len(panel) - without, len(panel))
+    if without:
+        log.warning(
+            "%d genes of the panel have no gene2vec vector: theirs are zeros, which tell the model "
+            "nothing of the gene (scbert genes embed --missing random gives them some)",
+            without,
+        )
+    return torch.from_numpy(vectors.matrix), {
+        **provenance_of(path),
+        "genes_of_panel_without": without,
+    }
 
 
 def _redraw(engine: TrainingEngine, step: int, config: PretrainConfig) -> None:
@@ -323,18 +366,26 @@ def _redraw(engine: TrainingEngine, step: int, config: PretrainConfig) -> None:
 
 
 def _validation_batches(
-    reader: CellReader, store: CellStore, held_out: int, config: PretrainConfig, ranks: Ranks
+    reader: CellReader,
+    store: CellStore,
+    selection: Selection,
+    config: PretrainConfig,
+    ranks: Ranks,
 ) -> Iterator[TokenBatch]:
     """This rank's held-out cells, in as many batches as every other rank has."""
-    num_cells = min(held_out, config.validation_cells)
-    per_rank = -(-num_cells // ranks.world_size)
-    share = np.array_split(np.arange(num_cells), ranks.world_size)[ranks.rank]
+    cells = selection.validation(config.validation_cells)
+    per_rank = -(-len(cells) // ranks.world_size)
+    share = np.array_split(cells, ranks.world_size)[ranks.rank]
     for positions in np.array_split(share, max(1, -(-per_rank // config.batch.micro_size))):
         yield to_tokens(reader.read(positions), len(store.panel), config.binning)
 
 
 def _start_tracker(
-    config: PretrainConfig, ranks: Ranks, state: TrainingState, store: CellStore
+    config: PretrainConfig,
+    ranks: Ranks,
+    state: TrainingState,
+    store: CellStore,
+    selection: Selection,
 ) -> Tracker:
     output = Path(config.output)
     tracker = start_run(
@@ -346,7 +397,10 @@ def _start_tracker(
         tags={"kind": "pretrain", "git_commit": git_commit() or "unknown"},
         metrics_path=output / "metrics.jsonl",
     )
-    tracker.log_params({**asdict(config), "world_size": ranks.world_size})
+    # As text: what stands in obs may not be what MLflow takes for the name of a parameter.
+    data = {name: str(value) for name, value in asdict(config.data).items()}
+    chosen = {"training_cells": selection.num_training, "held_out_cells": selection.num_held_out}
+    tracker.log_params({**asdict(config), "data": data, **chosen, "world_size": ranks.world_size})
     tracker.log_dataset(
         Path(config.store).name, store.header.store_id, str(config.store), store.num_cells
     )
@@ -359,16 +413,17 @@ def _export(
     config: PretrainConfig,
     state: TrainingState,
     metrics: dict[str, float],
-    output: Path,
+    gene_vectors: dict[str, Any] | None,
     ranks: Ranks,
 ) -> Path:
     """Write the export on the first rank; all ranks take part in gathering the weights."""
+    folder = Path(config.output) / "export"
     weights = engine.whole_weights()
     model = engine.model
     assert isinstance(model, MaskedGeneModel)
     if ranks.is_first:
         write_export(
-            output / "export",
+            folder,
             "encoder",
             model.encoder,
             store.panel,
@@ -383,11 +438,12 @@ def _export(
                     "seed": config.seed,
                     "run_id": state.run_id,
                     "git_commit": git_commit(),
+                    "gene_vectors": gene_vectors,
                 },
             },
         )
     ranks.barrier()
-    return output / "export"
+    return folder
 
 
 def _log_step(step: int, total_steps: int, numbers: dict[str, float]) -> None:

@@ -60,19 +60,16 @@ def judge(before: Sequence[Pulse | None], after: Sequence[Pulse | None]) -> Verd
         for rank, (old, new) in enumerate(zip(before, after, strict=True))
         if old is not None and new is not None and old.ticks != new.ticks
     }
-    speaker = min(alive, default=0)
     if len(alive) < len(after):
-        silent = [
-            _named(rank, after[rank] or before[rank])
-            for rank in range(len(after))
-            if rank not in alive
-        ]
-        return Verdict(f"{_listed(silent)} stopped, died or lost the network", speaker)
+        silent = [rank for rank in range(len(after)) if rank not in alive]
+        named = [_named(rank, after[rank] or before[rank]) for rank in silent]
+        return Verdict(f"{_listed(named)} stopped, died or lost the network", min(alive, default=0))
     fewest = min(pulse.beats for pulse in alive.values())
-    stuck = [_named(rank, pulse) for rank, pulse in alive.items() if pulse.beats == fewest]
-    if len(stuck) == len(alive):
-        return Verdict("all ranks wait and none is behind", speaker)
-    return Verdict(f"{_listed(stuck)} made no progress, the others wait for it", speaker)
+    waiting = [rank for rank, pulse in alive.items() if pulse.beats > fewest]
+    if not waiting:
+        return Verdict("all ranks wait and none is behind", 0)
+    named = [_named(rank, pulse) for rank, pulse in alive.items() if pulse.beats == fewest]
+    return Verdict(f"{_listed(named)} made no progress, the others wait for it", min(waiting))
 
 
 class Watchdog:
@@ -117,9 +114,12 @@ class Watchdog:
             # Long enough for everybody who lives to publish again.
             if self._stopped.wait(2 * self._interval):
                 return
-            self._publish(ticks + 1)
-            self._leave(judge(before, self._pulses()))
-            return
+            ticks += 1
+            self._publish(ticks)
+            verdict = judge(before, self._pulses())
+            if time.monotonic() - self._last >= self._silence:  # and not just gone on
+                self._leave(verdict)
+                return
 
     def _publish(self, ticks: int) -> None:
         try:

@@ -17,13 +17,15 @@ LAYERS = ("launchers", "finetune", "pretrain", "datastore")
 
 # Each heavy dependency and the only files that may import it.
 DOORS = {
-    "dask": {"datastore/ingest.py"},
-    "deepspeed": {"pretrain/engine.py"},
-    "distributed": {"datastore/ingest.py"},
+    "dask": {"datastore/workers.py"},
+    "dask_jobqueue": {"datastore/workers.py"},
+    "deepspeed": {"pretrain/engine.py", "pretrain/full_state.py"},
+    "distributed": {"datastore/workers.py"},
+    "gensim": {"datastore/gene2vec.py"},
     "jsonargparse": {"launchers/cli.py"},
     "mlflow": {"pretrain/tracking.py", "finetune/registry.py"},
     "performer_pytorch": {"pretrain/encoder.py", "pretrain/favor.py"},
-    "tensorstore": {"datastore/reader.py"},
+    "tensorstore": {"datastore/reader.py", "datastore/storage.py"},
 }
 
 # Files of these modules run code of their author's choice when they are opened.

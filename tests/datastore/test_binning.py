@@ -2,13 +2,17 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import sparse
 
-from datastore.binning import bin_counts, tokenize
+from datastore import binning
+from datastore.binning import bin_cells, bin_counts, library_sizes, to_dense, tokenize
+from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
 from tests.support.cells import random_counts
 
@@ -84,6 +88,99 @@ def test_tokens_equal_a_loop_over_the_dense_matrix() -> None:
             count = int(counts[row, gene])
             assert tokens[row, gene] == (exact_bin(count, library, config) if count else 0)
     assert set(tokens.ravel()) == set(range(6))
+
+
+def random_rows(rng: np.random.Generator, depth: float) -> tuple[Any, Any]:
+    """Cells in CSR form, some without counts, with heavy tails; uint32."""
+    lengths = rng.integers(0, 30, 25) * (rng.random(25) < 0.8)
+    counts = np.minimum(rng.pareto(0.7, int(lengths.sum())) * depth, 4e9).astype(np.uint32) + 1
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), counts
+
+
+@pytest.mark.parametrize("use_tables", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(BinningConfig(), id="scBERT"),
+        pytest.param(BinningConfig(top_bin=1), id="expressed or not"),
+        pytest.param(BinningConfig(target_sum=1e6, top_bin=12), id="counts per million"),
+        pytest.param(BinningConfig(target_sum=0.5, top_bin=3), id="scale below one"),
+        pytest.param(BinningConfig(target_sum=96.0, top_bin=6), id="many at an edge"),
+    ],
+)
+def test_tables_give_the_bins_of_exact_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, config: BinningConfig, use_tables: bool
+) -> None:
+    # Longer tables than these are not worth the memory of the test either.
+    monkeypatch.setattr(binning, "_tables_pay", lambda longest, *_: use_tables and longest < 2e6)
+    rng = np.random.default_rng(1)
+    pool = BufferPool()
+    for depth in (0.6, 3.0, 1000.0) * 4:
+        indptr, counts = random_rows(rng, depth)
+        library = np.repeat([int(counts[a:b].sum()) for a, b in pairwise(indptr)], np.diff(indptr))
+        expected = [exact_bin(int(c), int(n), config) for c, n in zip(counts, library, strict=True)]
+        for kind in (np.uint32, np.int64, np.float64):
+            bins = bin_cells(indptr, counts.astype(kind), config, pool)
+            assert bins.dtype == np.uint8
+            np.testing.assert_array_equal(bins, expected)
+        narrow = np.minimum(counts, 65_535).astype(np.uint16)
+        np.testing.assert_array_equal(
+            bin_cells(indptr, narrow, config), bin_cells(indptr, narrow.astype(np.int64), config)
+        )
+
+
+def test_tables_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def recording(counts: NDArray[Any], *rest: Any) -> NDArray[np.uint8]:
+        called.append(len(counts))
+        return bin_counts(counts, *rest)
+
+    monkeypatch.setattr(binning, "bin_counts", recording)
+    counts = np.tile(np.arange(1, 11, dtype=np.uint16), 300)
+    one = bin_cells(np.array([0, 3000]), counts, BinningConfig())
+    assert called.pop() < 100  # 31 × 16,500 / 10,000 and a little more
+    many = bin_cells(np.arange(0, 3001, 2), counts, BinningConfig())
+    assert (called, set(many)) == ([3000], {5})
+    np.testing.assert_array_equal(one, bin_counts(counts, np.array([16_500]), BinningConfig()))
+
+
+def test_every_count_around_every_edge_gets_its_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binning, "_tables_pay", lambda *_: True)
+    config = BinningConfig()
+    for library in [*range(1, 40), 9_999, 10_000, 10_001, 30_000, 322_580]:
+        edges = [-(-(2**edge - 1) * library // 10_000) for edge in range(1, 6)]
+        near = {c + d for c in edges for d in (-1, 0, 1) if 0 < c + d <= library}
+        for count in near:  # a cell of two genes
+            counts = np.array([count, library - count], np.uint32)
+            bins = bin_cells(np.array([0, 2]), counts, config)
+            assert bins[0] == exact_bin(count, library, config), (count, library)
+
+
+def test_sums_of_cells() -> None:
+    indptr = np.array([0, 0, 2, 2, 5, 5])
+    counts = np.array([65_535, 65_535, 1, 2, 3], np.uint16)
+    assert library_sizes(indptr, counts).tolist() == [0, 131_070, 0, 6, 0]
+    assert library_sizes(indptr, counts.astype(np.float32)).tolist() == [0, 131_070, 0, 6, 0]
+    assert library_sizes(np.array([0]), counts[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("cached_bytes", [1, 100, 1000, 2**21])
+def test_rows_are_spread_piece_by_piece(monkeypatch: pytest.MonkeyPatch, cached_bytes: int) -> None:
+    monkeypatch.setattr(binning, "_CACHED_BYTES", cached_bytes)
+    counts = random_counts(7, 37, 23, share=0.3)
+    counts[[0, 5, 36]] = 0
+    rows = sparse.csr_matrix(counts.astype(np.float32))
+    dense = to_dense(rows.indptr.astype(np.int64), rows.indices, rows.data, 23)
+    assert dense.dtype == np.float32
+    np.testing.assert_array_equal(dense, counts)
+
+
+def test_a_gene_outside_the_panel_is_refused() -> None:
+    one = np.array([1], np.uint16)
+    assert to_dense(np.array([0, 1]), np.array([4]), one, 5).tolist() == [[0, 0, 0, 0, 1]]
+    with pytest.raises(ValueError, match="gene 5 lies outside the panel of 5 genes"):
+        to_dense(np.array([0, 1]), np.array([5]), one, 5)
 
 
 def test_no_cells_and_empty_cells() -> None:

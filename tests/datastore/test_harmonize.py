@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore import ingest
+from datastore import write_pass
 from datastore.config import PanelConfig
 from datastore.gene_tables import GeneTables
 from datastore.genes import GenePanel, match_genes
 from datastore.harmonize import species_of, translate, write_report
 from datastore.ingest import build_store
-from datastore.store import CellStore, StoreFormatError, open_store, verify_store
+from datastore.store import CellStore, StoreFormatError, open_store
+from datastore.verification import verify_store
 from tests.support.cells import (
     RawCells,
     random_counts,
@@ -208,7 +209,7 @@ def test_a_changed_table_begins_the_ingest_anew(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ingest, "write_partition", full_disk)
+        patch.setattr(write_pass, "stream_partition", full_disk)
         with pytest.raises(OSError, match="the disk is full"):
             build_store(config)
     write_hgnc(tmp_path / "hgnc.txt", [row for row in HGNC if row[0] != "EPRS1"])
@@ -227,5 +228,5 @@ def test_a_gene_not_measured_is_told_from_zero(store: CellStore) -> None:
 def test_a_store_without_measured_genes_says_so(copied_store: CellStore) -> None:
     opened = open_store(copied_store.path)
     (copied_store.path / "records/generation_0/measured.npy").unlink()
-    with pytest.raises(StoreFormatError, match=r"measured\.npy is missing\); rebuild it"):
+    with pytest.raises(StoreFormatError, match=r"measured\.npy is missing"):
         opened.measured("alpha")

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,14 +21,16 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from datastore import ingest, store_writing
+from datastore import align_pass, ingest, spool, store_writing, write_pass
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
 from datastore.sources import OpenSource
-from datastore.store import CellStore, StoreFormatError, open_store, verify_store
+from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import write_manifest
+from datastore.verification import verify_store
 from tests.support.cells import (
     RawCells,
+    Stop,
     align_by_hand,
     dense_store,
     expected_cells,
@@ -41,6 +44,7 @@ from tests.support.cells import (
     write_h5ad,
     write_sources,
 )
+from tests.support.killing import run_and_kill, seconds_of
 from tests.support.raw_files import adata_of, write_10x_mtx, write_rdata, write_table
 
 CELLS = three_sources()
@@ -242,30 +246,14 @@ def test_a_dask_cluster_builds_the_same_store(
 # --- restarts ---
 
 
-class Stop:
-    """Wrap a function of `module`: the call number `at` raises OSError instead, or midway."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
-        self.calls = 0
-        self.at = -1
-        self._function: Callable[..., Any] = getattr(module, name)
-        monkeypatch.setattr(module, name, self)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise OSError("the disk is full")
-        return self._function(*arguments, **keywords)
-
-
 @pytest.mark.parametrize(
     ("module", "name", "at", "calls_per_build"),
     [
-        pytest.param(ingest, "_save_spool", 1, 9, id="at the first slice"),
-        pytest.param(ingest, "_save_spool", 6, 9, id="among the slices"),
-        pytest.param(ingest, "write_partition", 1, 3, id="at the first part"),
-        pytest.param(ingest, "write_partition", 3, 3, id="at the last part"),
-        pytest.param(store_writing, "_write_array", 5, 9, id="within a part"),
+        pytest.param(align_pass, "write_spool", 1, 9, id="at the first slice"),
+        pytest.param(align_pass, "write_spool", 6, 9, id="among the slices"),
+        pytest.param(write_pass, "stream_partition", 1, 3, id="at the first part"),
+        pytest.param(write_pass, "stream_partition", 3, 3, id="at the last part"),
+        pytest.param(store_writing, "ShardedArray", 5, 9, id="within a part"),
         pytest.param(ingest, "write_manifest", 1, 1, id="before the manifest"),
         pytest.param(ingest, "_publish", 1, 1, id="before publishing"),
     ],
@@ -291,32 +279,14 @@ def test_a_stopped_ingest_continues_to_the_same_store(
     assert file_bytes(built.path) == file_bytes(store.path)
     assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
     # Finished pieces are kept; only a part that was half written is written whole again.
-    again = at % 3 if name == "_write_array" else 1
+    again = at % 3 if name == "ShardedArray" else 1
     assert stop.calls == calls_per_build + again
-
-
-def test_a_slice_stopped_while_it_is_spooled_is_spooled_again(
-    tmp_path: Path, sources: list[str], store: CellStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = store_config(sources, tmp_path / "s.zarr", workers=1)
-    write_text = Path.write_text
-
-    def full_disk(path: Path, *arguments: Any, **keywords: Any) -> int:
-        if path.name == "obs.json":
-            raise OSError("the disk is full")
-        return write_text(path, *arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
-        with pytest.raises(OSError, match="the disk is full"):
-            build_store(config)
-    assert file_bytes(build_store(config).path) == file_bytes(store.path)
 
 
 def test_a_changed_plan_begins_anew(
     tmp_path: Path, sources: list[str], store: CellStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = Stop(monkeypatch, ingest, "write_partition")
+    stop = Stop(monkeypatch, write_pass, "stream_partition")
     stop.at = 2
     with pytest.raises(OSError, match="the disk is full"):
         build_store(store_config(sources, tmp_path / "s.zarr", seed=1, workers=1))
@@ -330,16 +300,16 @@ import os, signal, sys
 from datastore import ingest, store_writing
 from tests.support.cells import store_config
 
-write_array, calls = store_writing._write_array, []
+close, calls = store_writing.ShardedArray.close, []
 
-def write_and_die(*arguments):
+def close_and_die(array):
     calls.append(1)
-    write_array(*arguments)
+    close(array)
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    store_writing._write_array = write_and_die
+    store_writing.ShardedArray.close = close_and_die
     ingest.build_store(store_config(sys.argv[2:], sys.argv[1], workers=1))
 """
 
@@ -358,8 +328,8 @@ def test_a_killed_process_leaves_work_that_is_continued(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not output.exists()
-    spooled = Stop(monkeypatch, ingest, "_save_spool")
-    written = Stop(monkeypatch, ingest, "write_partition")
+    spooled = Stop(monkeypatch, align_pass, "write_spool")
+    written = Stop(monkeypatch, write_pass, "stream_partition")
     built = build_store(store_config(sources, output))
     assert (spooled.calls, written.calls) == (0, 2)
     assert file_bytes(built.path) == file_bytes(store.path)
@@ -565,13 +535,13 @@ def test_a_refusal_waits_for_the_other_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(bad_value(tmp_path), cells_per_slice=40, workers=2)
-    save = ingest._save_spool
+    save = spool.write_spool
     started, saved = threading.Event(), []
 
-    def slow_save(*arguments: Any, **arrays: Any) -> None:
+    def slow_save(*arguments: Any) -> None:
         started.set()
         time.sleep(0.5)
-        save(*arguments, **arrays)
+        save(*arguments)
         saved.append(1)
 
     read = OpenSource.counts
@@ -581,7 +551,7 @@ def test_a_refusal_waits_for_the_other_workers(
             started.wait(20)
         return read(cells, start, stop)
 
-    monkeypatch.setattr(ingest, "_save_spool", slow_save)
+    monkeypatch.setattr(align_pass, "write_spool", slow_save)
     monkeypatch.setattr(OpenSource, "counts", read_after_other)
     with pytest.raises(ValueError, match="not whole"):
         build_store(config)
@@ -643,7 +613,7 @@ def test_two_ingests_at_once_are_refused(
 def test_the_plan_is_plain_text_while_an_ingest_is_stopped(
     tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Stop(monkeypatch, ingest, "write_partition").at = 1
+    Stop(monkeypatch, write_pass, "stream_partition").at = 1
     with pytest.raises(OSError, match="the disk is full"):
         build_store(store_config(sources, tmp_path / "s.zarr", workers=1))
     plan = json.loads((tmp_path / "s.zarr.building" / "plan.json").read_text())
@@ -677,3 +647,28 @@ def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -
 def test_unusable_panels_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PanelConfig(**settings)
+
+
+# --- kill -9 ---
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_ingest_killed_at_random_moments_ends_in_the_same_store(
+    tmp_path: Path, sources: list[str], store: CellStore
+) -> None:
+    expected = file_bytes(store.path)
+    config = store_config(sources, tmp_path / "s.zarr")
+    seconds = seconds_of(build_store, config)
+    rng = random.Random(0)
+    kills = 0
+    while kills < 20:
+        shutil.rmtree(tmp_path / "s.zarr")
+        workers = 1
+        while not run_and_kill(
+            build_store, replace(config, workers=workers), after=rng.uniform(0, 1.2) * seconds
+        ):
+            kills += 1
+            workers = 3 - workers
+        assert file_bytes(tmp_path / "s.zarr") == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]

@@ -53,12 +53,13 @@ WORLDS = (1, 2, 3, 4, 7)
 def epoch_by_hand(case: Case, seed: int, epoch: int) -> list[int]:
     """Lay out the whole epoch with lists: blocks, then lanes, then windows, then deal."""
     cells = list(range(case.start, case.start + case.n))
-    full = case.n // case.block
+    size = max(1, min(case.block, case.n // case.lanes))
+    full = case.n // size
     key = derive_key(seed, "blocks", epoch)
-    blocks = [cells[k * case.block : (k + 1) * case.block] for k in range(full)]
+    blocks = [cells[k * size : (k + 1) * size] for k in range(full)]
     sequence = [blocks[int(permute(slot, full, key))] for slot in range(full)]
     # A short rest is inserted before one of the blocks, or after the last.
-    sequence.insert(int(mix(key, full)) % (full + 1), cells[full * case.block :])
+    sequence.insert(int(mix(key, full)) % (full + 1), cells[full * size :])
     flat = [cell for block in sequence for cell in block]
 
     lanes = [part.tolist() for part in np.array_split(np.array(flat), case.lanes)]

@@ -7,6 +7,7 @@ came of it.
 import hashlib
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datastore.config import SelectionConfig
 from datastore.loader import to_tokens
 from datastore.reader import CellReader
 from datastore.sampler import CellOrder
@@ -37,6 +39,8 @@ pytestmark = pytest.mark.multiprocess
 HELD_OUT = 15
 EMPTY_CELL = 20
 STEPS = 8
+EVEN_CELLS = SelectionConfig(where={"side": ["even"]})
+TWICE_AS_ODD = SelectionConfig(weight_by="side", weights={"odd": 2.0})
 Lines = dict[int, dict[str, float]]
 
 
@@ -132,11 +136,15 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "short": config("short", max_steps=2, validation_share=0.0),
         **{f"zero{n}": config(f"zero{n}", deepspeed=stage(n)) for n in (0, 2, 3)},
         "bf16": config("bf16", deepspeed=stage(1, bf16={"enabled": True}), max_steps=2),
+        "chosen": config("chosen", data=EVEN_CELLS),
+        "weighted": config("weighted", data=TWICE_AS_ODD),
+        "weighted_stopped": config("weighted_stopped", data=TWICE_AS_ODD, stop_after=5),
     }
     changed = {
         "other store": config("stopped", store=str(other_store)),
         "other seed": config("stopped", seed=1),
         "other encoder": config("stopped", encoder=replace(ENCODER, depth=1)),
+        "other cells": config("stopped", data=EVEN_CELLS),
         "continued": config("stopped"),
         "again": config("stopped"),
     }
@@ -148,6 +156,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "two_zero3": config("two_zero3", deepspeed=stage(3)),
         "two_stopped": config("two_stopped", stop_after=3),
         "two_continued": config("two_stopped"),
+        "weighted_on_two": config("weighted_stopped", data=TWICE_AS_ODD),
         **{
             f"grown_{name}": config(f"grown_{name}", deepspeed=json_path)
             for name, json_path in elsewhere.items()
@@ -257,6 +266,7 @@ class TestOneRank:
             ("other store", "store_id = "),
             ("other seed", "seed = 0, now it is 1"),
             ("other encoder", "encoder.depth = 2, now it is 1"),
+            ("other cells", "data.where = {}, now it is {'side': ['even']}"),
         ],
     )
     def test_checkpoint_of_another_training_is_refused(
@@ -266,6 +276,31 @@ class TestOneRank:
 
         assert error.startswith("CheckpointMismatchError: ")
         assert f"step_00000003 was trained with {field}" in error
+
+    def test_only_chosen_cells_are_trained_on(self, trainings: Trainings) -> None:
+        seen = Counter(p for _, batch in trainings.one["chosen"].positions for p in batch)
+
+        assert seen == dict.fromkeys(range(16, NUM_CELLS, 2), 2)
+        assert trainings.one["chosen"].result["total_steps"] == 4
+        params = self.params(trainings, "chosen")
+        assert (params["training_cells"], params["held_out_cells"]) == ("24", "8")
+        assert params["data.where"] == "{'side': ['even']}"
+
+    @staticmethod
+    def params(trainings: Trainings, name: str) -> dict[str, str]:
+        from mlflow import MlflowClient
+
+        uri = f"sqlite:///{trainings.folder / 'mlflow.db'}"
+        run = MlflowClient(uri).get_run(trainings.one[name].result["run_id"])
+        return dict(run.data.params)
+
+    def test_groups_are_trained_on_by_their_weights(self, trainings: Trainings) -> None:
+        for epoch in (0, 1):
+            seen = [
+                p for e, batch in trainings.one["weighted"].positions for p in batch if e == epoch
+            ]
+            # 24 even and 25 odd cells are left; odd ones are seen twice as often.
+            assert Counter(position % 2 for position in seen) == {0: 16, 1: 33}
 
     def test_max_steps_and_no_held_out_cells(self, trainings: Trainings) -> None:
         result = trainings.one["short"].result
@@ -334,6 +369,20 @@ class TestTwoRanks:
         difference = largest_difference(trainings.export(name), trainings.export("straight"))
         assert difference < 2e-6  # worst 1.2e-7
 
+    def test_a_weighted_training_continues_on_two_ranks(self, trainings: Trainings) -> None:
+        one, two = (trainings.series(n, "loss") for n in ("weighted", "weighted_stopped"))
+        np.testing.assert_allclose(two, one, rtol=1e-6)  # worst 6.2e-8
+        assert trainings.two[0]["weighted_on_two"].result["step"] == STEPS
+        before = [p for _, batch in trainings.one["weighted_stopped"].positions for p in batch]
+        after = [
+            p
+            for rank in trainings.two
+            for _, batch in rank["weighted_on_two"].positions
+            for p in batch
+        ]
+        everything = [p for _, batch in trainings.one["weighted"].positions for p in batch]
+        assert sorted([*before, *after]) == sorted(everything)
+
     def test_held_out_metrics_are_those_of_one_rank(self, trainings: Trainings) -> None:
         for step in (4, 8):
             two, one = (trainings.lines(name)[step] for name in ("two", "straight"))
@@ -364,3 +413,15 @@ class TestTwoRanks:
         seen = [p for rank in ranks for _, batch in rank[run].positions for p in batch]
         after = trainings.one["straight"].positions[3 * 4 :]  # 4 micro-batches a step
         assert sorted(seen) == sorted(p for _, batch in after for p in batch)
+
+
+def test_a_straggler_is_named_after_three_windows(caplog: pytest.LogCaptureFixture) -> None:
+    window = train._Window(["n1", "n2", "n3"])
+    for own in ([1.0, 1.0, 3.0], [1.0, 1.0, 3.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.9]):
+        window._look_for_straggler(own)
+    assert not caplog.records
+    for _ in range(5):
+        window._look_for_straggler([1.0, 1.2, 3.0])
+    assert [record.getMessage() for record in caplog.records] == [
+        "rank 2 (n3) is a straggler: 3.00 s of its own work, the others' median 1.10 s"
+    ]

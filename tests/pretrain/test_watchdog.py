@@ -50,10 +50,10 @@ def pulses(*numbers: tuple[int, int] | None) -> list[Pulse | None]:
             id="the first is among them",
         ),
         pytest.param(
-            pulses((5, 9), (5, 7), (5, 9)),
-            pulses((6, 9), (6, 7), (6, 9)),
-            "rank 1 (n1) made no progress",
-            0,
+            pulses((5, 7), (5, 9), (5, 9)),
+            pulses((6, 7), (6, 9), (6, 9)),
+            "rank 0 (n0) made no progress",
+            1,
             id="one hangs while its watchdog ticks",
         ),
         pytest.param(

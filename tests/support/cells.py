@@ -1,7 +1,7 @@
 """Tiny raw files and the stores made of them, with a plain-loop account of what a store holds."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -156,3 +157,26 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write what `file_bytes` returned."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+class Stop:
+    """Wrap a function of `module`: the call number `at` raises OSError instead, or midway."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        self.calls = 0
+        self.at = -1
+        self._function: Callable[..., Any] = getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError("the disk is full")
+        return self._function(*arguments, **keywords)

@@ -57,7 +57,9 @@ def tiny_store(folder: Path, num_cells: int = NUM_CELLS, empty: int | None = Non
     sizes = ArraySizes(cells_per_chunk=8, cells_per_shard=32)
     for number, part in enumerate((counts[:cut], counts[cut:])):
         names = pd.Index([f"tiny/{number}-{row}" for row in range(len(part))], dtype=object)
-        obs = pd.DataFrame({"source_row": np.arange(len(part))}, index=names)
+        rows = np.arange(len(part))
+        side = np.array(["even", "odd"])[rows % 2]
+        obs = pd.DataFrame({"source_row": rows, "side": pd.Categorical(side)}, index=names)
         matrix = sparse.csr_matrix(part.astype(np.uint32))
         write_partition(folder / f"dataset_{number}", matrix, obs, tiny_panel(), sizes)
     partitions = [cut, num_cells - cut]

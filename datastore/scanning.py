@@ -1,0 +1,117 @@
+"""Looking at all sources before anything is written, and going on without the broken ones."""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from datastore.config import StoreConfig
+from datastore.formats import ReadOptions
+from datastore.genes import read_panel
+from datastore.manifest import ListedSource, list_sources
+from datastore.sources import BrokenSource, BrokenSources, Source, scan_listed
+from datastore.workers import Compute
+
+log = logging.getLogger(__name__)
+
+
+def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], list[BrokenSource]]:
+    """Look at all sources; return them in the order of their digests, and those left out.
+
+    Raises:
+        ValueError: If some cannot be used (and `skip_broken` is off), or two are one.
+    """
+    panel = read_panel(Path(config.panel.file)).names if config.panel.file is not None else ()
+    options = ReadOptions(
+        layer=config.layer,
+        orientation=config.orientation,
+        obs_columns=tuple(config.obs_columns),
+        known_genes=frozenset(panel),
+        recover_counts=config.recover_counts,
+    )
+    listed = list_sources(config.sources)
+    results = compute("scan", [(_scan_one, source, options) for source in listed])
+    sources = [result for result in results if isinstance(result, Source)]
+    broken = [result for result in results if isinstance(result, BrokenSource)]
+    left_out: list[BrokenSource] = []
+    if broken:
+        sources, left_out = go_without(BrokenSources(broken), sources, left_out, config)
+    sources = sorted(sources, key=lambda source: (source.sha256, source.path))
+    _refuse_repeats(sources)
+    _refuse_columns(sources, config)
+    return sources, left_out
+
+
+def go_without(
+    found: BrokenSources,
+    sources: list[Source],
+    left_out: list[BrokenSource],
+    config: StoreConfig,
+) -> tuple[list[Source], list[BrokenSource]]:
+    """Leave broken sources out if that is allowed, else raise."""
+    paths = {source.path for source in found.sources}
+    remaining = [source for source in sources if source.path not in paths]
+    if not remaining:
+        raise found
+    if not config.skip_broken:
+        raise ValueError(f"{found}; --skip_broken true goes on without what is broken") from found
+    for source in found.sources:
+        log.warning("left out: %s", source.reason)
+    return remaining, [*left_out, *found.sources]
+
+
+def or_broken(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that reads a source; what it refuses is returned, so that others go on."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return BrokenSource(path, str(error))
+
+
+def usable(results: Sequence[Any]) -> list[Any]:
+    """Results of `or_broken`, if all are usable.
+
+    Raises:
+        BrokenSources: If some are not.
+    """
+    broken = {result.path: result for result in results if isinstance(result, BrokenSource)}
+    if broken:
+        raise BrokenSources(list(broken.values()))
+    return list(results)
+
+
+def _scan_one(listed: ListedSource, options: ReadOptions) -> Source | BrokenSource:
+    try:
+        return scan_listed(listed, options)
+    except OSError as error:
+        text = f"{listed.path}: {error.strerror}" if error.strerror else str(error)
+        return BrokenSource(str(listed.path), text)
+    except ValueError as error:
+        return BrokenSource(str(listed.path), str(error))
+
+
+def _refuse_repeats(sources: Sequence[Source]) -> None:
+    for former, latter in pairwise(sources):  # sorted by digest
+        if former.sha256 == latter.sha256:
+            raise ValueError(f"{former.path} and {latter.path} are the same file; name it once")
+    paths: dict[str, str] = {}
+    for source in sources:
+        if source.name in paths:  # a cell is known by its source's name and its row
+            raise ValueError(
+                f"{paths[source.name]} and {source.path} have the same name; rename one of them, "
+                "or link to it under another name"
+            )
+        paths[source.name] = source.path
+
+
+def _refuse_columns(sources: Sequence[Source], config: StoreConfig) -> None:
+    for name in config.obs_columns:
+        if not any(name in source.options.obs_columns for source in sources):
+            raise ValueError(
+                f"obs_columns: no source has obs[{name!r}]; leave it out, or correct its name"
+            )
+        if any(name in dict(source.labels) for source in sources):
+            raise ValueError(
+                f"obs_columns: {name!r} comes from the table of sources already; leave it out"
+            )
