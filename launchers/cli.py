@@ -8,16 +8,21 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+
+from launchers.flags import sentence, setting_types, spelled_out, with_underscores
 
 T = TypeVar("T")
 CONFIGS: Final = Path(__file__).parent / "configs"
 LAUNCHER_FLAGS: Final = ("--hostfile", "-H", "--include", "--exclude", "--num_nodes", "--num_gpus")
 """Flags of the `deepspeed` command, which it silently ignores behind the script."""
+_called_as: ContextVar[str] = ContextVar("called_as", default="")
 
 
 def parse(
@@ -41,27 +46,65 @@ def parse(
         The configuration.
 
     Raises:
-        ValueError: If a value is refused, with the field's name and the remedy.
-        SystemExit: After `--help` or `--print_config`, and for unknown flags (code 2).
+        ValueError: If a flag or a value is refused, with its name and the remedy.
+        SystemExit: After `--help` or `--print_config`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _words(argv)
+    command = _called_as.get() or f"launchers/{launcher}"
     _refuse_launcher_flags(arguments, launcher)
     presets = {path.stem: path for path in (CONFIGS / Path(launcher).stem).glob("*.yaml")}
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     choice = f" [--preset {{{','.join(sorted(presets))}}}]" if presets else ""
-    parser = ArgumentParser(
-        prog=f"launchers/{launcher}",
+    settings = setting_types(config_type)
+    parser = _Parser(
+        prog=command,
         allow_abbrev=False,
         usage=f"%(prog)s{choice} [--config FILE] [--FIELD VALUE ...]",
         description=f"{description} Settings: defaults < --preset < --config < flags. "
-        f"Example: {example}",
+        f"Example: {example.replace(f'python launchers/{launcher}', _spelled(launcher))}",
     )
+    parser.refusal = lambda message: sentence(message, settings, command)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings")
     parser.add_class_arguments(config_type, None)
-    settings = parser.parse_args(_expand_preset(_without_local_rank(arguments), presets))
-    values = vars(parser.instantiate(settings))
+    words = _expand_preset(_without_local_rank(arguments), presets)
+    values = vars(parser.instantiate(parser.parse_args(spelled_out(words, settings))))
     values.pop("config", None)
     return config_type(**values)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """For launchers with subcommands; raises what argparse would print below a usage line."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("prog", _called_as.get() or None)
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise ValueError(f"{message} ({self.prog} --help says how)")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse; flags may be spelled with dashes inside, too."""
+        return self.parse_args([with_underscores(word) for word in _words(argv)])
+
+
+class _Parser(ArgumentParser):
+    """Raises what jsonargparse would print below a usage line."""
+
+    refusal: Callable[[str], str] = str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(self.refusal(message)) from ex
+
+
+@contextmanager
+def called_as(command: str) -> Iterator[None]:
+    """Let help and refusals say another command than the launcher's script."""
+    token = _called_as.set(command)
+    try:
+        yield
+    finally:
+        _called_as.reset(token)
 
 
 def run(function: Callable[[], int | None]) -> int:
@@ -91,6 +134,14 @@ def configure_logging(rank: int) -> None:
     warnings.filterwarnings("ignore", "`torch.", FutureWarning)  # DeepSpeed's, not the user's
     for package in ("datastore", "pretrain", "finetune", "launchers"):
         logging.getLogger(package).setLevel(level)
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def _spelled(launcher: str) -> str:
+    return _called_as.get() or f"python launchers/{launcher}"
 
 
 def _refuse_launcher_flags(arguments: Sequence[str], launcher: str) -> None:
@@ -139,6 +190,28 @@ def _sentence(error: Exception) -> str:
 def echo(text: str = "") -> None:
     """Print a result line for the person at the terminal (libraries only log)."""
     print(text, flush=True)
+
+
+def table(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Show facts in lines, `name  value`; records in a list become rows."""
+    for name, value in facts.items():
+        label = f"{indent}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield label
+            yield from table(value, f"{indent}  ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield label
+            for record in value:
+                shown = (f"{key.replace('_', ' ')} {_shown(item)}" for key, item in record.items())
+                yield f"{indent}  {', '.join(shown)}"
+        else:
+            yield f"{label:34} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else unwrap(value)
 
 
 def unwrap(value: Any) -> str:

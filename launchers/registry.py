@@ -1,7 +1,7 @@
 """Register exports in MLflow, list the registered models and pull one by its reference.
 
 python launchers/registry.py register out/export --name scbert-pretrained --alias champion
-python launchers/registry.py list --tracking-uri http://host:5000
+python launchers/registry.py list --tracking_uri http://host:5000
 python launchers/registry.py pull models:/scbert-pretrained@champion --to model
 """
 
@@ -15,17 +15,17 @@ import shutil
 import tempfile
 
 from finetune import registry
+from launchers import cli
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
-    options = _parser().parse_args(argv)
-    try:
-        print("\n".join(options.command(options)))
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    options = _parser().parse(argv)
+    cli.echo("\n".join(options.command(options)))
 
 
 def _register(options: argparse.Namespace) -> list[str]:
@@ -55,14 +55,14 @@ def _pull(options: argparse.Namespace) -> list[str]:
     return [str(options.to)]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def _parser() -> cli.CommandParser:
+    parser = cli.CommandParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="register | list | pull")
     register = commands.add_parser("register", help="make a version of an export folder")
     register.add_argument("export", type=Path, help="folder with model.safetensors")
     register.add_argument("--name", required=True, help="registered model")
     register.add_argument("--alias", help="alias to point at it, e.g. champion")
-    register.add_argument("--run-id", help="default: the run named in the export")
+    register.add_argument("--run_id", help="default: the run named in the export")
     register.add_argument("--lineage", help="pretrained version it grew from, models:/name/1")
     register.set_defaults(command=_register)
     commands.add_parser("list", help="show all versions").set_defaults(command=_list)
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--to", type=Path, help="new folder; default: the cache")
     pull.set_defaults(command=_pull)
     for command in commands.choices.values():
-        command.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, ./mlflow.db")
+        command.add_argument("--tracking_uri", help="default: MLFLOW_TRACKING_URI, ./mlflow.db")
     return parser
 
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 
+from datastore.config import StoreConfig
 from launchers import (
     annotate,
     build_store,
@@ -57,31 +59,123 @@ def test_local_rank_is_accepted(flag: str) -> None:
     assert _parse("--name", "x", flag) == _Outer(name="x")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    files: list[str]
+    """Files."""
+    more: list[str] | None = None
+    """More."""
+    inner: _Inner = field(default_factory=_Inner)
+    kind: Literal["old", "new"] = "old"
+    """Kind."""
+    size: int | None = None
+    """Size."""
+    flag: bool = False
+    """Flag."""
+
+
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("words", "expected"),
     [
-        pytest.param(["--name", "x", "--inner.rat", "1"], "inner.rat", id="unknown flag"),
-        pytest.param(["--name", "x", "--flag", "maybe"], "flag", id="not a bool"),
-        pytest.param([], "name", id="required field"),
+        pytest.param("--files a.h5ad", _Files(files=["a.h5ad"]), id="one"),
+        pytest.param("--files a b c --flag true", _Files(files=list("abc"), flag=True), id="many"),
+        pytest.param("--files [a,b]", _Files(files=["a", "b"]), id="brackets"),
+        pytest.param("--files=a,b", _Files(files=["a,b"]), id="a comma in a name"),
+        pytest.param("--files 1e5", _Files(files=["1e5"]), id="a name like a number"),
+        pytest.param("--files a --more b c", _Files(files=["a"], more=["b", "c"]), id="optional"),
+        pytest.param("--files a --more null", _Files(files=["a"]), id="none"),
+        pytest.param("--flag --files a", _Files(files=["a"], flag=True), id="switch first"),
+        pytest.param("--files a --flag", _Files(files=["a"], flag=True), id="switch last"),
+        pytest.param("--files a --flag=false", _Files(files=["a"]), id="switch off"),
+        pytest.param(
+            "--files a --inner.rate 2", _Files(files=["a"], inner=_Inner(rate=2.0)), id="group"
+        ),
     ],
 )
-def test_unknown_or_wrong_settings_exit_with_2(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        _parse(*argv)
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+def test_lists_and_switches_are_taken_as_written(words: str, expected: _Files) -> None:
+    argv = words.split()
+    assert cli.parse(_Files, argv, launcher="none.py", description="", example="") == expected
 
 
-def test_unknown_key_in_a_file_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_flags_with_dashes_are_the_same(tmp_path: Path) -> None:
+    config = cli.parse(
+        StoreConfig,
+        ["--sources", "a-b.h5ad", "--output", "o", "--min-genes", "7", "--panel.min-share-found=0"],
+        launcher="build_store.py",
+        description="",
+        example="",
+    )
+    assert (config.sources, config.min_genes, config.panel.min_share_found) == (["a-b.h5ad"], 7, 0)
+
+
+NO_YAML = "the --config file is no YAML with settings by name"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param("", "--files is missing; give it here or in", id="required"),
+        pytest.param("--files", "--files lacks its value; give one or more, separated", id="empty"),
+        pytest.param(
+            "--files a --inner.rat 1",
+            "no setting --inner.rat; did you mean --inner.rate?",
+            id="typo",
+        ),
+        pytest.param(
+            "--files a --rate 1", "no setting --rate; did you mean --inner.rate?", id="group"
+        ),
+        pytest.param(
+            "--files a --colour 1",
+            "--colour; launchers/none.py --help lists",
+            id="foreign",
+        ),
+        pytest.param(
+            "--flag true stray --files a", "'stray' belongs to no setting; write --NAME", id="stray"
+        ),
+        pytest.param("--files a --flag maybe", "--flag is 'maybe'; give true or false", id="bool"),
+        pytest.param("--files a --size x", "--size is 'x'; give a whole number or null", id="int"),
+        pytest.param(
+            "--files a --size 1.5", "--size is '1.5'; give a whole number or null", id="float"
+        ),
+        pytest.param(
+            "--files a --size", "--size lacks its value; give a whole number", id="no value"
+        ),
+        pytest.param("--files a --inner.rate x", "--inner.rate is 'x'; give a number", id="rate"),
+        pytest.param("--files a --kind odd", "--kind is 'odd'; give one of old, new", id="choice"),
+        pytest.param(
+            "--files a --inner 3", "--inner is a group; give its settings one by one", id="a group"
+        ),
+        pytest.param("--config none.yaml", "none.yaml' is no file to read", id="no file"),
+        pytest.param("--config list.yaml", NO_YAML, id="a list in a file"),
+        pytest.param("--config broken.yaml", NO_YAML, id="broken file"),
+        pytest.param("--config extra.yaml", "nane", id="unknown key in a file"),
+        pytest.param(
+            "--config inner.yaml", "no setting inner.rat; did you mean inner.rate?", id="in group"
+        ),
+    ],
+)
+def test_wrong_settings_are_one_sentence(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = tmp_path / "settings.yaml"
-    file.write_text("name: x\nnane: y\n")
-    with pytest.raises(SystemExit):
-        _parse("--config", str(file))
-    assert "nane" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- a\n")
+    Path("broken.yaml").write_text("files: [a\n")
+    Path("extra.yaml").write_text("files: [x]\nnane: y\n")
+    Path("inner.yaml").write_text("files: [x]\ninner:\n  rat: 1\n")
+
+    def parse() -> None:
+        cli.parse(_Files, words.split(), launcher="none.py", description="", example="")
+
+    assert cli.run(parse) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not printed.out
 
 
 @pytest.mark.parametrize("flag", ["--hostfile", "--include", "--num_gpus"])
