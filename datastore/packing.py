@@ -49,16 +49,9 @@ class PackedCells:
 
 def cells_of(blocks: Sequence[PackedCells]) -> list[Packed]:
     """The counts of each cell of several blocks, in one width."""
-    kinds = {block.packed.dtype for block in blocks}
-    return [
-        cell
-        for block in blocks
-        for cell in (
-            block.cells()
-            if len(kinds) == 1
-            else PackedCells(block.indptr, widen(block.packed)).cells()
-        )
-    ]
+    if len({block.packed.dtype for block in blocks}) > 1:
+        blocks = [PackedCells(block.indptr, widen(block.packed)) for block in blocks]
+    return [cell for block in blocks for cell in block.cells()]
 
 
 def pack_counts(

@@ -93,7 +93,7 @@ def write_spool(
         file.write(json.dumps(header).encode() + b"\n")
         file.write(table.tobytes())
         for start, stop in pairwise(starts.tolist()):
-            file.writelines(counts[start:stop])
+            file.writelines(cell.data for cell in counts[start:stop])
             for values in columns.values():
                 file.write(values[start:stop].tobytes())
         by_digest = np.argsort(digests)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-import dask
+from dask.threaded import get
 from tqdm import tqdm
 
 from datastore.config import SlurmConfig
@@ -75,7 +75,7 @@ def slurm_cluster(config: SlurmConfig) -> Any:
         walltime=config.walltime,
         queue=config.queue,
         account=config.account,
-        scheduler_options={"dashboard_address": None},
+        scheduler_options={"dashboard_address": ":0"},  # any free port
     )
 
 
@@ -97,8 +97,8 @@ def _on_threads(num_threads: int, title: str, tasks: Sequence[Task]) -> list[Any
             return result
 
         # partial keeps Dask from walking into the arguments in search of graph keys
-        graph = [dask.delayed(partial(run, task), traverse=False)() for task in tasks]
-        results = list(dask.compute(*graph, scheduler="threads", num_workers=num_threads))
+        graph = {f"{title} {number}": (partial(run, task),) for number, task in enumerate(tasks)}
+        results = list(get(graph, list(graph), num_workers=num_threads))
     if failures:
         raise failures[0]
     return results
@@ -113,11 +113,7 @@ def _client(cluster: Any) -> Iterator[Compute]:
         def compute(title: str, tasks: Sequence[Task]) -> list[Any]:
             futures = [client.submit(task[0], *task[1:], pure=False) for task in tasks]
             log.info("%s: %d tasks on %s", title, len(futures), client.scheduler.address)
-            try:
-                return list(client.gather(futures))
-            except Exception:
-                client.cancel(futures)
-                wait(futures)  # none writes on while its folder is being cleared
-                raise
+            wait(futures)  # all: after a failure none may write on while its folder is cleared
+            return list(client.gather(futures))
 
         yield compute

@@ -33,9 +33,9 @@ def _main(words: list[str]) -> None:
 
     facts = embed_genes(config)
     if facts["num_missing"]:
-        some = ", ".join(facts["missing"][:5])
+        some = ", ".join([*facts["missing"][:5], *(["…"] if facts["num_missing"] > 5 else [])])
         cli.echo(
-            f"{facts['num_missing']:,} of {facts['genes']:,} genes have no vector ({some}, …); "
+            f"{facts['num_missing']:,} of {facts['genes']:,} genes have no vector ({some}); "
             f"theirs are {facts['missing_vectors_are']}"
         )
     cli.echo(

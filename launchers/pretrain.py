@@ -40,9 +40,9 @@ def _main(argv: list[str] | None) -> int:
         if error.is_first_to_tell():
             print(f"error: {error}", file=sys.stderr)
         return EXIT_REQUEUE
-    code = EXIT_REQUEUE if result["interrupted"] else 0
     if not ranks.is_first:
-        return code
+        return 0  # a launcher ends all ranks when one fails: let the first have the last word
+    code = EXIT_REQUEUE if result["interrupted"] else 0
     cli.echo(f"step {result['step']} of {result['total_steps']}")
     for name, value in result["metrics"].items():
         cli.echo(f"{name:36} {cli.unwrap(value)}")

@@ -40,7 +40,7 @@ from pretrain.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _STRAGGLER: Final = 2.0
-"""A rank that needs so many times as long as the others for its own work …"""
+"""A rank that needs so many times as long as the others for its own work, and over a second, …"""
 _STRAGGLER_WINDOWS: Final = 3
 """… in so many log windows in a row is named."""
 
@@ -202,8 +202,10 @@ def _training_step(
     Raises:
         ValueError: If a loss or gradient is not finite, before the weights change.
     """
+    # With weights a cell may come again in an epoch; other genes are hidden then.
+    draw = epoch if config.data.weight_by is None else step
     masked: list[MaskedBatch] = [
-        mask_tokens(b.tokens, b.positions, config.seed, epoch, config.masking, config.binning)
+        mask_tokens(b.tokens, b.positions, config.seed, draw, config.masking, config.binning)
         for b in batches
     ]
     targets = sum(len(batch.targets) for batch in masked)
@@ -287,7 +289,7 @@ class _Window:
         """Name a rank that was much slower than the others in several windows in a row."""
         slowest = int(np.argmax(own))
         others = own[:slowest] + own[slowest + 1 :]
-        slow = bool(others) and own[slowest] > _STRAGGLER * float(np.median(others))
+        slow = own[slowest] > 1.0 and own[slowest] > _STRAGGLER * float(np.median(others or own))
         former, count = self._slow
         self._slow = slowest, (count if former == slowest else 0) + 1 if slow else 0
         if self._slow[1] == _STRAGGLER_WINDOWS:

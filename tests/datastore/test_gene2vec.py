@@ -53,7 +53,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> CellStore:
 
 def settings(store: CellStore, output: Path, **changes: Any) -> GeneVectorsConfig:
     return GeneVectorsConfig(
-        **{"store": str(store.path), "output": str(output), "dim": 16, "neighbours": 6, **changes}
+        **{"store": str(store.path), "output": str(output), "dim": 16, "neighbours": 7, **changes}
     )
 
 
@@ -73,7 +73,8 @@ def cosines(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def expression(seed: int, num_cells: int) -> NDArray[np.float32]:
     counts = program_cells(seed, num_cells)
-    return np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
+    scaled = counts / counts.sum(axis=1, keepdims=True) * 1e4
+    return np.asarray(np.log1p(scaled), np.float32)
 
 
 @pytest.mark.parametrize("tile", [5, 512])
@@ -158,8 +159,8 @@ def test_genes_of_a_program_lie_together(programs: CellStore, tmp_path: Path) ->
     same = np.repeat(np.arange(PROGRAMS), GENES_EACH)
     np.fill_diagonal(close, -1)
     nearest = np.argsort(-close, axis=1)[:, : GENES_EACH - 1]
-    # Measured: the seven nearest of every gene are its program's, at 0.61 where others are at 0.31.
-    assert (same[nearest] == same[:, None]).mean() > 0.97
+    # Measured: 0.988; cosine 0.62 inside a program, 0.27 outside.
+    assert (same[nearest] == same[:, None]).mean() > 0.95
     inside = close[(same == same[:, None]) & ~np.eye(48, dtype=bool)]
     assert inside.mean() > close[same != same[:, None]].mean() + 0.2
 

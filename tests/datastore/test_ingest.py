@@ -231,7 +231,7 @@ def test_a_dask_cluster_builds_the_same_store(
         threads_per_worker=2,
         processes=False,
         protocol="tcp://",
-        dashboard_address=None,
+        dashboard_address=":0",
     ) as cluster:
         assert cluster.scheduler_address.startswith("tcp://")
         scheduler = cluster.scheduler_address

@@ -11,11 +11,23 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from datastore.config import OrderConfig, SelectionConfig
+from datastore.append import append_store
+from datastore.config import BinningConfig, OrderConfig, SelectionConfig
+from datastore.ingest import build_store
+from datastore.loader import CellLoader
 from datastore.mixture import CellSet, CellSpan
+from datastore.reader import CellReader
 from datastore.sampler import CellSampler
 from datastore.selection import Selection, held_out_sources, select_cells
 from datastore.store import CellStore
+from tests.support.cells import (
+    dense_store,
+    gene_names,
+    random_cells,
+    store_config,
+    stored_parts,
+    write_sources,
+)
 from tests.support.grown import write_grown_store
 
 SMALL = OrderConfig(lanes=4, block=8, window=8)
@@ -341,3 +353,52 @@ def test_a_large_store_is_chosen_from_in_little_memory() -> None:
     cells = chosen.validation(10_000)
     assert len(np.unique(cells)) == 10_000
     assert (cells >= 900_000_000).sum() == 1_000
+
+
+# --- with a store that was built and grew, and the loader ---
+
+
+def test_two_ranks_read_the_chosen_cells_of_a_grown_store(tmp_path: Path) -> None:
+    raw = [random_cells(name, seed, 60, gene_names(12)) for seed, name in enumerate("abcd")]
+    files = write_sources(tmp_path / "raw", raw)
+    tissues = {"a": "blood", "b": "skin", "c": "skin", "d": "blood"}
+    for number in (0, 1):
+        lines = [f"{file},{tissues[Path(file).stem]}" for file in files[2 * number :][:2]]
+        text = "\n".join(["path,tissue", *lines]) + "\n"
+        (tmp_path / "raw" / f"table{number}.csv").write_text(text)
+    tables = [[str(tmp_path / "raw" / f"table{number}.csv")] for number in (0, 1)]
+    build_store(store_config(tables[0], tmp_path / "s.zarr"))
+    store = append_store(store_config(tables[1], tmp_path / "s.zarr", append=True))
+    assert store.header.generations == (120, 120)
+    dense = dense_store(store)
+    tissue = np.concatenate([part.obs["tissue"].to_numpy(str) for part in stored_parts(store)])
+    choices: list[dict[str, Any]] = [
+        {},
+        {"where": {"tissue": ["skin"]}},
+        {"split_by": "source", "split_seed": 3},
+        {"weight_by": "tissue", "weights": {"skin": 3.0}},
+    ]
+    for settings in choices:
+        chosen = choose(store, 0.2, **settings)
+        seen: Counter[int] = Counter()
+        for rank in range(2):
+            sampler = CellSampler(chosen.order(0, SMALL), 32, rank, 2, 2)
+            loader = CellLoader(CellReader(store), sampler, len(store.panel), BinningConfig())
+            for block in (micro for step in loader.cells(1) for micro in step):
+                seen.update(block.positions.tolist())
+                sums = np.add.reduceat(block.counts.astype(np.int64), block.indptr[:-1])
+                np.testing.assert_array_equal(sums, dense[block.positions].sum(axis=1))
+        training = positions_of(chosen.training)
+        assert set(seen) <= set(training.tolist())
+        assert seen.total() == len(training)
+        if "weights" in settings:
+            often = {
+                name: sum(times for cell, times in seen.items() if tissue[cell] == name)
+                / (tissue[training] == name).sum()
+                for name in ("skin", "blood")
+            }
+            assert often["skin"] / often["blood"] == pytest.approx(3, rel=0.05)
+        else:
+            assert set(seen.values()) == {1}
+            wanted = settings.get("where", {}).get("tissue", ["skin", "blood"])
+            assert set(tissue[training]) == set(wanted)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from numpy.typing import NDArray
 
 from datastore.config import Codec
 from datastore.shards import ShardedArray
@@ -42,7 +43,8 @@ def by_tensorstore(path: Path) -> Any:
 def test_two_libraries_read_what_was_written(
     tmp_path: Path, length: int, kind: type, codec: Codec
 ) -> None:
-    values = np.random.default_rng(length).integers(0, 60_000, length).astype(kind)
+    numbers = np.random.default_rng(length).integers(0, 60_000, length)
+    values: NDArray[Any] = numbers.astype(kind)
     path = write(tmp_path, values, codec=codec)
     found = zarr.open_array(path, mode="r")
     assert found.dtype == kind

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datastore.config import SelectionConfig
+from datastore.gene_embedding import write_gene_vectors
+from datastore.genes import GenePanel
 from datastore.loader import to_tokens
 from datastore.reader import CellReader
 from datastore.sampler import CellOrder
-from datastore.store import open_store
+from datastore.store import file_digest, open_store
 from pretrain import train
-from pretrain.config import PretrainConfig
+from pretrain.config import Gene2VecConfig, PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
 from pretrain.export import read_export
@@ -32,13 +34,14 @@ from pretrain.masking import mask_tokens
 from pretrain.objective import to_tensors
 from pretrain.schedule import learning_rate
 from tests.support.ranks import run_ranks
-from tests.support.tiny import ENCODER, NUM_CELLS, tiny_config, tiny_store
+from tests.support.tiny import ENCODER, NUM_CELLS, tiny_config, tiny_panel, tiny_store
 
 pytestmark = pytest.mark.multiprocess
 
 HELD_OUT = 15
 EMPTY_CELL = 20
 STEPS = 8
+GENE_VECTORS: dict[str, Any] = {"encoder": replace(ENCODER, gene_embedding="gene2vec")}
 EVEN_CELLS = SelectionConfig(where={"side": ["even"]})
 TWICE_AS_ODD = SelectionConfig(weight_by="side", weights={"odd": 2.0})
 Lines = dict[int, dict[str, float]]
@@ -119,6 +122,14 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     store = tiny_store(folder / "store", empty=EMPTY_CELL).path
     other_store = tiny_store(folder / "other_store", 48).path
 
+    vectors, other_vectors = (
+        Gene2VecConfig(vectors=f"{folder}/vectors_{seed}/genes.npy") for seed in (0, 1)
+    )
+    for seed in (0, 1):
+        matrix = np.random.default_rng(seed).normal(size=(30, ENCODER.dim)).astype(np.float32)
+        panel = GenePanel(tiny_panel().names[:30])
+        write_gene_vectors(folder / f"vectors_{seed}", matrix, panel, {"method": "at random"})
+
     def config(name: str, **changes: Any) -> PretrainConfig:
         return replace(tiny_config(store, folder / name), **changes)
 
@@ -137,6 +148,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         **{f"zero{n}": config(f"zero{n}", deepspeed=stage(n)) for n in (0, 2, 3)},
         "bf16": config("bf16", deepspeed=stage(1, bf16={"enabled": True}), max_steps=2),
         "chosen": config("chosen", data=EVEN_CELLS),
+        "vectors": config("vectors", **GENE_VECTORS, gene2vec=vectors, stop_after=3, max_steps=4),
         "weighted": config("weighted", data=TWICE_AS_ODD),
         "weighted_stopped": config("weighted_stopped", data=TWICE_AS_ODD, stop_after=5),
     }
@@ -145,6 +157,8 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "other seed": config("stopped", seed=1),
         "other encoder": config("stopped", encoder=replace(ENCODER, depth=1)),
         "other cells": config("stopped", data=EVEN_CELLS),
+        "other vectors": config("vectors", **GENE_VECTORS, gene2vec=other_vectors, max_steps=4),
+        "vectors_continued": config("vectors", **GENE_VECTORS, gene2vec=vectors, max_steps=4),
         "continued": config("stopped"),
         "again": config("stopped"),
     }
@@ -267,6 +281,7 @@ class TestOneRank:
             ("other seed", "seed = 0, now it is 1"),
             ("other encoder", "encoder.depth = 2, now it is 1"),
             ("other cells", "data.where = {}, now it is {'side': ['even']}"),
+            ("other vectors", "gene2vec.vectors = "),
         ],
     )
     def test_checkpoint_of_another_training_is_refused(
@@ -276,6 +291,21 @@ class TestOneRank:
 
         assert error.startswith("CheckpointMismatchError: ")
         assert f"step_00000003 was trained with {field}" in error
+
+    def test_gene_vectors_stay_and_the_export_says_where_they_come_from(
+        self, trainings: Trainings
+    ) -> None:
+        matrix = np.load(trainings.folder / "vectors_0" / "genes.npy")
+        table = trainings.export("vectors")["encoder.genes.weight"].numpy()
+        np.testing.assert_array_equal(table[:30], matrix)
+        assert not table[30:].any()
+        provenance = read_export(trainings.folder / "vectors" / "export").metadata["provenance"]
+        digest = file_digest(trainings.folder / "vectors_0" / "genes.npy")
+        said = provenance["gene_vectors"]
+        assert (said["method"], said["sha256"]) == ("at random", digest)
+        assert said["genes_of_panel_without"] == 2
+        straight = read_export(trainings.folder / "straight" / "export").metadata["provenance"]
+        assert straight["gene_vectors"] is None
 
     def test_only_chosen_cells_are_trained_on(self, trainings: Trainings) -> None:
         seen = Counter(p for _, batch in trainings.one["chosen"].positions for p in batch)
@@ -296,8 +326,12 @@ class TestOneRank:
 
     def test_groups_are_trained_on_by_their_weights(self, trainings: Trainings) -> None:
         for epoch in (0, 1):
+            # With weights, masks are drawn anew at each step, of which an epoch has four.
             seen = [
-                p for e, batch in trainings.one["weighted"].positions for p in batch if e == epoch
+                p
+                for step, batch in trainings.one["weighted"].positions
+                for p in batch
+                if step // 4 == epoch
             ]
             # 24 even and 25 odd cells are left; odd ones are seen twice as often.
             assert Counter(position % 2 for position in seen) == {0: 16, 1: 33}

@@ -1,0 +1,152 @@
+"""Tasks run on threads, on a cluster, or in Slurm jobs, and stop together."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datastore.config import SlurmConfig, StoreConfig
+from datastore.workers import slurm_cluster, workers
+
+
+def config(**settings: Any) -> StoreConfig:
+    return StoreConfig(sources=["a.h5ad"], output="s.zarr", **settings)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def fail(number: int) -> int:
+    raise ValueError(f"task {number} is bad")
+
+
+def test_results_come_in_order() -> None:
+    with workers(config(workers=3)) as compute:
+        assert compute("double", [(double, n) for n in range(20)]) == [2 * n for n in range(20)]
+        assert compute("nothing", []) == []
+
+
+def test_no_more_threads_than_asked_for() -> None:
+    seen: set[int] = set()
+
+    def note() -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+
+    with workers(config(workers=2)) as compute:
+        compute("note", [(note,)] * 12)
+    assert len(seen) == 2
+
+
+def test_after_a_failure_no_task_starts_and_those_running_end() -> None:
+    ended: list[int] = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.05)
+        ended.append(number)
+
+    with workers(config(workers=2)) as compute:
+        with pytest.raises(ValueError, match="task 1 is bad"):
+            compute("mixed", [(fail, 1) if n % 10 == 1 else (slow, n) for n in range(60)])
+        before = list(ended)
+        time.sleep(0.2)
+        assert ended == before
+        assert len(ended) < 54
+
+
+def test_a_cluster_gives_the_same_results() -> None:
+    from dask.distributed import LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=2,
+            processes=False,
+            protocol="tcp://",
+            dashboard_address=":0",
+        ) as cluster,
+        workers(config(scheduler=cluster.scheduler_address)) as compute,
+    ):
+        assert compute("double", [(double, n) for n in range(5)]) == [0, 2, 4, 6, 8]
+        with pytest.raises(ValueError, match="task 3 is bad"):
+            compute("fail", [(double, 1), (fail, 3)])
+
+
+def test_slurm_jobs_are_asked_for_as_stated() -> None:
+    pytest.importorskip("dask_jobqueue", reason="the extra slurm is not installed")
+    settings = SlurmConfig(
+        jobs=3, cores=6, memory="12GB", walltime="02:30:00", queue="cpu", account="lab"
+    )
+    with slurm_cluster(settings) as cluster:
+        script = cluster.job_script().splitlines()
+        assert script[0].startswith("#!")
+        assert "#SBATCH -p cpu" in script
+        assert "#SBATCH -A lab" in script
+        assert "#SBATCH --cpus-per-task=6" in script
+        assert "#SBATCH --mem=12G" in script
+        assert "#SBATCH -t 02:30:00" in script
+        command = script[-1]
+        assert "--nthreads 6" in command
+        assert "tcp://" in command
+    with slurm_cluster(SlurmConfig(jobs=1)) as cluster:
+        script = cluster.job_script().splitlines()
+        assert not any(line.startswith(("#SBATCH -p", "#SBATCH -A")) for line in script)
+
+
+def test_jobs_are_submitted_when_an_ingest_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An `sbatch` that starts the job script here stands for a Slurm controller."""
+    pytest.importorskip("dask_jobqueue", reason="the extra slurm is not installed")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        "#!/bin/sh\n"
+        f'cp "$1" {tmp_path}/job.sh; sh {tmp_path}/job.sh > {tmp_path}/job.log 2>&1 &\n'
+        "echo Submitted batch job 7\n"
+    )
+    (tmp_path / "scancel").write_text("#!/bin/sh\n")
+    for name in ("sbatch", "scancel"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    settings = SlurmConfig(jobs=1, cores=1, memory="1GB")
+    with (
+        caplog.at_level(logging.INFO, "datastore"),
+        workers(config(slurm=settings)) as compute,
+    ):
+        results = compute("where", [(subprocess.getoutput, "echo $PPID")])
+        assert results[0].isdigit()
+    assert "asked Slurm for 1 jobs" in caplog.text
+
+
+def test_slurm_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with (
+        pytest.raises(ValueError, match=r"slurm\.jobs needs dask-jobqueue; install it"),
+        workers(config(slurm=SlurmConfig(jobs=1))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jobs": -1}, r"slurm\.jobs is -1"),
+        ({"cores": 0}, r"slurm\.cores is 0"),
+        ({"memory": "8"}, r"slurm\.memory is '8'; give it like 8GB"),
+    ],
+)
+def test_unusable_slurm_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SlurmConfig(**settings)
+
+
+def test_a_scheduler_and_slurm_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"scheduler and slurm\.jobs exclude each other"):
+        config(scheduler="tcp://host:8786", slurm=SlurmConfig(jobs=1))
