@@ -127,8 +127,8 @@ class StoreConfig:
     codec: Codec = "fast"
     """`fast` (lz4) for training, `archive` (zstd) for a store two thirds as large that is slower to
     write and read."""
-    cells_per_partition: int = 65_536
-    """About how many cells one AnnData part of the store holds."""
+    cells_per_partition: int = 32_768
+    """How many cells one AnnData part of the store holds at most; all hold about equally many."""
     cells_per_shard: int = 16_384
     """About how many cells share one file."""
     cells_per_chunk: int = 64

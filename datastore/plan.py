@@ -91,8 +91,9 @@ class Plan:
 
     @cached_property
     def edges(self) -> list[int]:
-        """Places at which partitions begin, and where the last ends."""
-        return [*range(0, self.num_cells, self.config.cells_per_partition), self.num_cells]
+        """Places at which partitions begin, and where the last ends; equal ones end together."""
+        number = -(-self.num_cells // self.config.cells_per_partition)
+        return [place * self.num_cells // number for place in range(number + 1)]
 
     @cached_property
     def slices(self) -> list[Slice]:
