@@ -14,7 +14,7 @@ from launchers import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build, and say what became of every source."""
+    """Build or append, and say what became of every source."""
     return cli.run(lambda: _main(argv))
 
 
@@ -30,10 +30,14 @@ def _main(argv: list[str] | None) -> None:
     from datastore.ingest import build_store
 
     store = append_store(config) if config.append else build_store(config)
-    cli.echo(f"{'source':32} {'cells':>9} {'kept':>9} {'panel genes found':>18}")
+    cli.echo(
+        f"{'source':32} {'cells':>9} {'kept':>9} {'empty':>7} {'poor':>7} {'repeated':>8} "
+        f"{'panel genes found':>18}"
+    )
     for line in store.header.sources:
         cli.echo(
             f"{line['name']:32} {line['cells']:9,} {line['cells_kept']:9,} "
+            f"{line['cells_empty']:7,} {line['cells_poor']:7,} {line['cells_repeated']:8,} "
             f"{line['panel_genes_found']:9,} of {len(store.panel):,}"
         )
     for broken in store.header.left_out:

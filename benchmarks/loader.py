@@ -1,0 +1,392 @@
+"""How fast, how large and how well mixed: our loader beside others, on the same synthetic cells.
+
+    python benchmarks/loader.py --quick                      # a minute or two, small data
+    python benchmarks/loader.py --workdir DIR --python312 PY  # the full one, keeps data in DIR
+
+Each case runs in a process of its own; all cases take turns, round after round, and a ratio is the
+median over the rounds of what two cases measured in the same round. Peers are installed with pip
+into environments inside the working folder; one that cannot be installed is named, and its ratios
+are null. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import zarr
+from anndata.io import read_elem
+from cells import Corpus, generate
+from environments import Environment, environment, find_python312
+
+from datastore.config import OrderConfig, PanelConfig, StoreConfig
+from datastore.ingest import build_store
+from datastore.sampler import CellOrder, CellSampler
+from datastore.store import CellStore, open_store
+
+BATCH = 512
+RUNS = Path(__file__).resolve().parent / "runs"
+PEERS = {
+    "annbatch": ("312", ["annbatch[zarrs,numba]==0.3.*"]),
+    "cellstream": ("312", ["cellstream==0.11.*"]),
+    "scdataset": ("same", ["scDataset==0.3.*", "anndata<0.13"]),
+    "scdl": ("same", ["bionemo-scdl==0.1.*"]),
+}
+"""Which Python a peer gets, and what pip installs."""
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of run: `script.py command`, by the interpreter of a peer (none is ours)."""
+
+    name: str
+    script: str
+    command: str
+    peer: str | None = None
+    beside: str | None = None
+    """Command that runs at the same time."""
+    cold: str | None = None
+    """Folder whose files leave the page cache first."""
+
+
+CASES = [
+    Case("csr", "ours", "cells"),
+    Case("annbatch_512", "with_annbatch", "chunk_512", "annbatch"),
+    Case("annbatch_32", "with_annbatch", "chunk_32", "annbatch"),
+    Case("cellstream", "with_cellstream", "threads_1", "cellstream"),
+    Case("cellstream_2_threads", "with_cellstream", "threads_2", "cellstream"),
+    Case("limits", "ours", "limits"),
+    Case("dense", "ours", "dense"),
+    Case("annbatch_dense", "with_annbatch", "dense", "annbatch"),
+    Case("tokens", "ours", "tokens"),
+    Case("packed", "ours", "packed"),
+    Case("cold_start", "ours", "cold_start"),
+    Case("seek", "ours", "seek"),
+    Case("two_loaders", "ours", "rank_0", beside="rank_1"),
+    Case("annbatch_two_loaders", "with_annbatch", "rank_0", "annbatch", beside="rank_1"),
+    Case("cold_reads", "ours", "cells", cold="ours.zarr"),
+    Case("annbatch_cold_reads", "with_annbatch", "chunk_512", "annbatch", cold="annbatch.zarr"),
+    Case("memory_map", "ours", "memory_map"),
+    Case("copying", "ours", "copying"),
+    Case("scdataset", "with_scdataset", "run", "scdataset"),
+    Case("scdl", "with_scdl", "run", "scdl"),
+    Case("anndata_backed", "with_anndata", "run"),
+]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a ratio has to reach."""
+
+    ratio: str
+    least: float | None = None
+    most: float | None = None
+
+    def judge(self, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        below = self.least is not None and value < self.least
+        above = self.most is not None and value > self.most
+        return "missed" if below or above else "met"
+
+    def __str__(self) -> str:
+        least = f"≥ {self.least:g}" if self.least is not None else ""
+        most = f"≤ {self.most:g}" if self.most is not None else ""
+        return f"{least} {most}".strip()
+
+
+BARS = [
+    Bar("csr_wall_vs_annbatch", least=2.2),
+    Bar("csr_cpu_vs_annbatch", least=1.8),
+    Bar("csr_wall_vs_annbatch_chunk_32", least=3.2),
+    Bar("csr_wall_vs_cellstream", least=2.0),
+    Bar("of_composed_limit", least=0.9),
+    Bar("dense_wall_vs_annbatch", least=2.0),
+    Bar("dense_cpu_vs_annbatch", least=2.0),
+    Bar("tokens_per_cpu_second", least=60_000),
+    Bar("rss_vs_annbatch", most=0.5),
+    Bar("first_batch_vs_annbatch", most=0.5),
+    Bar("seek_vs_cold_start", most=1.2),
+    Bar("disk_vs_annbatch", most=0.62),
+    Bar("mixing_variance", least=0.95, most=1.05),
+]
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as scratch:
+        folder = Path(options.workdir or scratch).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
+        result = measure(folder, options, say)
+    if not options.json:
+        print(table(result))
+    line = json.dumps(result)
+    print(line)
+    if options.save:
+        Path(options.save).write_text(line + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="40,000 cells, two rounds, two peers")
+    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+    parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
+    parser.add_argument("--workdir", metavar="DIR", help="keep data and environments here")
+    parser.add_argument("--python312", metavar="PY", help="Python 3.12 for annbatch and cellstream")
+    parser.add_argument("--peers", default=None, help="comma-separated; default all, quick: two")
+    parser.add_argument("--cells", type=int, help="default 200,000, quick: 40,000")
+    parser.add_argument("--rounds", type=int, help="default 5, quick: 2")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic cells")
+    options = parser.parse_args()
+    options.cells = options.cells or (40_000 if options.quick else 200_000)
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    peers = options.peers if options.peers is not None else "annbatch,cellstream"
+    options.peers = list(PEERS) if options.peers is None and not options.quick else peers.split(",")
+    unknown = set(options.peers) - set(PEERS) - {""}
+    if unknown:
+        parser.error(f"--peers {', '.join(sorted(unknown))}; known are {', '.join(PEERS)}")
+    return options
+
+
+def measure(
+    folder: Path, options: argparse.Namespace, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prepare data and environments, run all cases in turns, and put the numbers together."""
+    corpus = Corpus(num_cells=options.cells, seed=options.seed)
+    data = folder / f"cells_{options.cells}_{options.seed}"
+    say(f"{corpus.num_cells:,} cells × {corpus.num_genes:,} genes in {data}")
+    store = prepare(data, corpus)
+    pythons = {name: install(folder, name, options, say) for name in PEERS}
+    missing = {name: found.problem for name, found in pythons.items() if found.python is None}
+    built = {
+        name: run(data, pythons[name].python, f"with_{name}", "build", options.cells)
+        for name, target in {
+            "annbatch": "annbatch.zarr",
+            "cellstream": "cellstream.csad",
+            "scdl": "scdl",
+        }.items()
+        if pythons[name].python is not None and not (data / target).exists()
+    }
+    cases = [case for case in CASES if case.peer is None or case.peer not in missing]
+    rounds: dict[str, list[Numbers]] = defaultdict(list)
+    for number in range(options.rounds):
+        for case in cases:
+            python = pythons[case.peer].python if case.peer else None
+            rounds[case.name].append(turn(data, python, case, options.cells))
+        say(f"round {number + 1} of {options.rounds}: csr {rounds['csr'][-1]['per_second']:,.0f}/s")
+    ratios = compare(rounds)
+    ratios["disk_vs_annbatch"] = (
+        None if "annbatch" in missing else size(data / "ours.zarr") / size(data / "annbatch.zarr")
+    )
+    ratios["mixing_variance"] = mixing_variance(store)
+    return {
+        "benchmark": "loader",
+        "ratios": {
+            name: None if value is None else round(value, 3) for name, value in ratios.items()
+        },
+        "bars": {bar.ratio: f"{bar}: {bar.judge(ratios[bar.ratio])}" for bar in BARS},
+        "figures": {
+            "cells": options.cells,
+            "rounds": options.rounds,
+            "bytes_per_cell": round(size(data / "ours.zarr") / store.num_cells, 1),
+            "not_measured": missing,
+            "built": built,
+            **{name: medians(results) for name, results in rounds.items()},
+        },
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "architecture": platform.machine(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def prepare(data: Path, corpus: Corpus) -> CellStore:
+    """Make sources, our store, one of 16,906 genes, and the uncompressed arrays."""
+    paths = [str(path) for path in generate(data / "raw", corpus)]
+    names = corpus.gene_names()
+    for name, sources, genes in (
+        ("ours", paths, names),
+        ("panel_16906", paths[:1], names[:16_906]),
+    ):
+        panel = data / f"{name}.txt"
+        panel.write_text("\n".join(genes) + "\n")
+        try:
+            open_store(data / f"{name}.zarr")
+        except (FileNotFoundError, ValueError):  # there is none, or one of another version
+            build_store(
+                StoreConfig(
+                    sources=sources,
+                    output=str(data / f"{name}.zarr"),
+                    panel=PanelConfig(file=str(panel)),
+                )
+            )
+    if not (data / "flat" / "indptr.npy").is_file():
+        run(data, None, "ours", "flatten", corpus.num_cells)
+    return open_store(data / "ours.zarr")
+
+
+def install(
+    folder: Path, name: str, options: argparse.Namespace, say: Callable[[str], None]
+) -> Environment:
+    if name not in options.peers:
+        return Environment(None, "not asked for")
+    which, requirements = PEERS[name]
+    python = find_python312(options.python312) if which == "312" else sys.executable
+    found = environment(folder / "environments" / name, python, requirements)
+    if found.python is None:
+        say(f"{name} is not measured: {found.problem}")
+    return found
+
+
+def turn(data: Path, python: Path | None, case: Case, cells: int) -> Numbers:
+    """Run a case once."""
+    if case.cold is not None:
+        drop_from_cache(data / case.cold)
+    if case.beside is None:
+        return run(data, python, case.script, case.command, cells)
+    both = [
+        start(data, python, case.script, command, cells) for command in (case.command, case.beside)
+    ]
+    one, other = (finish(process) for process in both)
+    return {
+        "per_second": one["per_second"] + other["per_second"],
+        "per_cpu_second": (one["per_cpu_second"] + other["per_cpu_second"]) / 2,
+        "peak_mb": one["peak_mb"] + other["peak_mb"],
+    }
+
+
+def run(data: Path, python: Path | None, script: str, command: str, cells: int) -> Numbers:
+    return finish(start(data, python, script, command, cells))
+
+
+def start(
+    data: Path, python: Path | None, script: str, command: str, cells: int
+) -> "subprocess.Popen[str]":
+    arguments = [str(RUNS / f"{script}.py"), command, str(data), str(cells)]
+    return subprocess.Popen(
+        [str(python or sys.executable), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Numbers:
+    out, error = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{process.args!r} failed:\n{error}")
+    numbers: Numbers = json.loads(out.splitlines()[-1])
+    return numbers
+
+
+def compare(rounds: dict[str, list[Numbers]]) -> dict[str, float | None]:
+    """Ratios of cases to each other, each the median over the rounds."""
+
+    def ratio(one: str, other: str, what: str = "per_second") -> float | None:
+        if not rounds.get(one) or not rounds.get(other):
+            return None
+        pairs = zip(rounds[one], rounds[other], strict=True)
+        return median(mine[what] / theirs[what] for mine, theirs in pairs)
+
+    return {
+        "csr_wall_vs_annbatch": ratio("csr", "annbatch_512"),
+        "csr_cpu_vs_annbatch": ratio("csr", "annbatch_512", "per_cpu_second"),
+        "csr_wall_vs_annbatch_chunk_32": ratio("csr", "annbatch_32"),
+        "csr_cpu_vs_annbatch_chunk_32": ratio("csr", "annbatch_32", "per_cpu_second"),
+        "csr_wall_vs_cellstream": ratio("csr", "cellstream"),
+        "csr_wall_vs_cellstream_2_threads": ratio("csr", "cellstream_2_threads"),
+        "csr_cpu_vs_cellstream": ratio("csr", "cellstream", "per_cpu_second"),
+        "of_composed_limit": ratio("csr", "limits"),
+        "dense_wall_vs_annbatch": ratio("dense", "annbatch_dense"),
+        "dense_cpu_vs_annbatch": ratio("dense", "annbatch_dense", "per_cpu_second"),
+        "tokens_cpu_vs_annbatch_dense": ratio("tokens", "annbatch_dense", "per_cpu_second"),
+        "tokens_per_cpu_second": median(run["per_cpu_second"] for run in rounds["tokens"]),
+        "rss_vs_annbatch": ratio("csr", "annbatch_512", "peak_mb"),
+        "first_batch_vs_annbatch": ratio("csr", "annbatch_512", "first_batch_seconds"),
+        "seek_vs_cold_start": ratio("seek", "cold_start", "first_batch_seconds"),
+        "two_loaders_vs_annbatch": ratio("two_loaders", "annbatch_two_loaders"),
+        "two_loaders_vs_one": ratio("two_loaders", "csr"),
+        "cold_reads_vs_annbatch": ratio("cold_reads", "annbatch_cold_reads"),
+        "csr_vs_memory_map": ratio("csr", "memory_map"),
+        "csr_vs_copying": ratio("csr", "copying"),
+        "csr_wall_vs_scdataset": ratio("csr", "scdataset"),
+        "csr_wall_vs_scdl": ratio("csr", "scdl"),
+        "csr_wall_vs_anndata_backed": ratio("csr", "anndata_backed"),
+    }
+
+
+def mixing_variance(store: CellStore, epochs: int = 20) -> float:
+    """Variance of a source's share of a batch, over that of batches drawn without replacement."""
+    parts = [
+        read_elem(zarr.open_group(store.partition_path(number), mode="r")["obs"])["source"]
+        for number in range(len(store.header.partitions))
+    ]
+    names = np.concatenate([part.astype(str).to_numpy() for part in parts])
+    sources, label = np.unique(names, return_inverse=True)
+    sampler = CellSampler(CellOrder(0, store.num_cells, 1, OrderConfig()), BATCH, 0, 1, 1)
+    whole = range(store.num_cells // BATCH)
+    counts = [
+        np.bincount(label[step[0]], minlength=len(sources))
+        for epoch in range(epochs)
+        for step in sampler.plan(epoch, whole)
+    ]
+    share = np.bincount(label) / len(label)
+    without_return = (store.num_cells - BATCH) / (store.num_cells - 1)
+    expected = BATCH * share * (1 - share) * without_return
+    found = np.mean((np.array(counts) - BATCH * share) ** 2, axis=0)
+    return float(np.mean(found / expected))
+
+
+def medians(results: list[Numbers]) -> Numbers:
+    return {name: round(median(result[name] for result in results), 4) for name in results[0]}
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def drop_from_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["", f"{'case':24}{'cells/s':>12}{'per CPU-s':>12}{'first s':>10}{'peak MB':>10}"]
+    for name, numbers in result["figures"].items():
+        if isinstance(numbers, dict) and "per_second" in numbers:
+            lines.append(
+                f"{name:24}{numbers['per_second']:12,.0f}{numbers.get('per_cpu_second', 0):12,.0f}"
+                f"{numbers.get('first_batch_seconds', float('nan')):10.3f}"
+                f"{numbers.get('peak_mb', float('nan')):10.0f}"
+            )
+    lines += ["", f"{'ratio':36}{'measured':>12}  bar"]
+    for name, value in result["ratios"].items():
+        text = "—" if value is None else f"{value:,.3f}"
+        lines.append(f"{name:36}{text:>12}  {result['bars'].get(name, '')}")
+    for name, problem in result["figures"]["not_measured"].items():
+        lines.append(f"{name} was not measured: {problem}")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
