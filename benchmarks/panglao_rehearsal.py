@@ -4,10 +4,14 @@
     python benchmarks/panglao_rehearsal.py             # ten minutes: a tenth
     python benchmarks/panglao_rehearsal.py --scale 1   # all 1.13 million cells
 
-Makes 209 samples of unequal size and some broken files (`panglao_corpus`), ingests a third of them
-and then all with two Dask workers, verifies the store, appends ten samples, and reads an epoch as
-two ranks. Each step runs in processes of its own, whose time and peak memory are noted. What comes
-out is compared with what went in. Ends with one line of JSON.
+Makes 209 samples of unequal size and some broken files (`panglao_corpus`), ingests all of them
+with two Dask workers, verifies the store, appends ten samples, and reads an epoch as two ranks.
+Each step runs in processes of its own, whose time and peak memory are noted. What comes out is
+compared with what went in.
+
+Two more ingests tell what a file costs from what a cell costs: a third of the samples, and ten of
+PanglaoDB's own sizes. By these slopes the figures are extrapolated to 100 million cells in samples
+of PanglaoDB's size. Ends with one line of JSON.
 """
 
 import argparse
@@ -62,6 +66,7 @@ from datastore.verification import check_complete, verify_store
 TARGET: Final = 100_000_000
 """Cells that the figures are extrapolated to."""
 NUM_APPENDED: Final = 10
+NUM_WHOLE: Final = 10
 NUM_RANKS: Final = 2
 BATCH: Final = 512
 Numbers = dict[str, float]
@@ -105,10 +110,11 @@ def rehearse(folder: Path, samples: list[Sample], seed: int) -> dict[str, Any]:
     made = time.perf_counter() - began
     print(f"files: {made:.1f} s", file=sys.stderr)
 
-    small_known = {sample.name: known[sample.name] for sample in third}
-    small = ingest(folder, "third.zarr", [path_of(folder / "raw", s) for s in third])
-    check_store(folder / "third.zarr", small_known, {})
-    shutil.rmtree(folder / "third.zarr")
+    whole = plan_samples(1.0, seed, first=2_000, count=NUM_WHOLE)
+    known_whole = write_samples(folder / "whole_size", whole, seed)
+    thirds = {sample.name: known[sample.name] for sample in third}
+    small = trial(folder, "raw", third, thirds)
+    large = trial(folder, "whole_size", whole, known_whole)
     store = folder / "cells.zarr"
     shutil.rmtree(store, ignore_errors=True)
     built = ingest(folder, store.name, [str(folder / "raw")])
@@ -125,8 +131,14 @@ def rehearse(folder: Path, samples: list[Sample], seed: int) -> dict[str, Any]:
         "cells": cells,
         "expressed_panel_genes_per_cell": sum(k.num_counts for k in known.values()) / cells,
         "files": {"seconds_to_make": made, "bytes": size_of(folder / "raw")},
-        "ingest": {**built, "cells_per_second": cells / built["seconds"]},
+        "ingest": {
+            **built,
+            "files": len(samples),
+            "cells": cells,
+            "cells_per_second": cells / built["seconds"],
+        },
         "ingest_of_a_third": small,
+        "ingest_of_whole_sizes": large,
         "broken_files_named": reasons,
         "store_bytes": size_of(store),
         "bytes_per_cell": size_of(store) / open_store(store).num_cells,
@@ -135,11 +147,10 @@ def rehearse(folder: Path, samples: list[Sample], seed: int) -> dict[str, Any]:
         "append": appended,
         "epoch": epoch,
     }
-    cells_of_third = sum(what.cells for what in small_known.values())
     return {
         "benchmark": "panglao_rehearsal",
         "ratios": {"ingest_memory_all_vs_third": built["worker_peak_mb"] / small["worker_peak_mb"]},
-        "figures": {**figures, "at_100_million": extrapolate(figures, cells_of_third)},
+        "figures": {**figures, "at_100_million": extrapolate(figures)},
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -148,20 +159,25 @@ def rehearse(folder: Path, samples: list[Sample], seed: int) -> dict[str, Any]:
     }
 
 
-def extrapolate(figures: dict[str, Any], cells_of_third: int) -> Numbers:
-    """What 100 million cells would take on this machine, by the slopes between the two ingests."""
-    whole, third = figures["ingest"], figures["ingest_of_a_third"]
-    more_cells = figures["cells"] - cells_of_third
-    seconds_per_cell = (whole["seconds"] - third["seconds"]) / more_cells
-    mb_per_cell = (whole["worker_peak_mb"] - third["worker_peak_mb"]) / more_cells
+def extrapolate(figures: dict[str, Any]) -> Numbers:
+    """What 100 million cells in samples of PanglaoDB's size would take on this machine."""
+    third = figures["ingest_of_a_third"]
+    runs = [figures["ingest"], third, figures["ingest_of_whole_sizes"]]
+    costs = np.array([[run["files"], run["cells"]] for run in runs], np.float64)
+    seconds = np.array([run["seconds"] for run in runs])
+    (per_file, per_cell), *_ = np.linalg.lstsq(costs, seconds, rcond=None)
+    files = TARGET * NUM_SAMPLES / NUM_CELLS
+    more_files = figures["ingest"]["files"] - third["files"]
+    mb_per_file = (figures["ingest"]["peak_mb"] - third["peak_mb"]) / more_files
+    store_bytes = TARGET * figures["bytes_per_cell"]
     return {
-        "ingest_hours": TARGET * seconds_per_cell / 3600,
-        "worker_megabytes_more": max(0.0, TARGET * mb_per_cell),
-        "store_gigabytes": TARGET * figures["bytes_per_cell"] / 1e9,
-        "verify_hours": TARGET
-        * figures["bytes_per_cell"]
-        / (figures["verify"]["megabytes_per_second"] * 1e6)
-        / 3600,
+        "files": files,
+        "ingest_seconds_per_file": per_file,
+        "ingest_seconds_per_1000_cells": per_cell * 1_000,
+        "ingest_hours": (per_file * files + per_cell * TARGET) / 3600,
+        "coordinator_gigabytes": mb_per_file * files / 1_000,
+        "store_gigabytes": store_bytes / 1e9,
+        "verify_hours": store_bytes / (figures["verify"]["megabytes_per_second"] * 1e6) / 3600,
         "epoch_hours_of_two_ranks": TARGET / figures["epoch"]["cells_per_second"] / 3600,
     }
 
@@ -181,6 +197,15 @@ def config_of(folder: Path, output: Path, sources: list[str], **more: Any) -> St
 def ingest(folder: Path, name: str, sources: list[str]) -> Numbers:
     """Build a store with two Dask worker processes."""
     return in_process(_build, str(folder), str(folder / name), sources)
+
+
+def trial(folder: Path, raw: str, samples: list[Sample], known: dict[str, Known]) -> Numbers:
+    """Build a store of some samples, check it, and let it go."""
+    output = folder / "trial.zarr"
+    numbers = ingest(folder, output.name, [path_of(folder / raw, sample) for sample in samples])
+    check_store(output, known, {})
+    shutil.rmtree(output)
+    return {**numbers, "files": len(samples), "cells": sum(k.cells for k in known.values())}
 
 
 def check_store(

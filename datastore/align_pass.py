@@ -116,25 +116,8 @@ def _spool_source(alignment: Alignment, source: Source, parts: Sequence[Slice]) 
 def _spool_slice(
     alignment: Alignment, source: OpenSource, part: Slice, places: NDArray[np.int64]
 ) -> None:
-    cells: list[PackedCells] = []
-    hashes, counts = [np.empty(0, np.uint64)], 0
-    for start, stop in pairwise(_read_at_once(source, part)):
-        raw = source.counts(start, stop)
-        counts += int(raw.data.sum(dtype=np.float64))  # whole numbers below 2^53
-        try:
-            cells.append(pack_counts(raw, places, alignment.num_genes))
-        except ValueError as error:
-            raise ValueError(f"{source.source.path}: {error}; give the raw counts") from error
-        if alignment.with_digests:
-            hashes.append(content_digests(cells[-1], alignment.num_genes))
+    cells, digests, tally = _align(alignment, source, part, places)
     num_genes = np.concatenate([block.num_genes for block in cells])
-    tally = Tally(
-        kept=int((num_genes >= alignment.min_genes).sum()),
-        empty=int((num_genes == 0).sum()),
-        poor=int(((num_genes > 0) & (num_genes < alignment.min_genes)).sum()),
-        counts=counts,
-        counts_on_panel=sum(int(unpack_counts(b.packed).sum(dtype=np.uint64)) for b in cells),
-    )
     kept = np.flatnonzero(num_genes >= alignment.min_genes)
     place = alignment.shuffle.places(part.first + kept)
     order = np.argsort(place)
@@ -154,7 +137,6 @@ def _spool_slice(
         categories={column: list(values.categories) for column, values in obs.items()},
     )
     of_cell = cells_of(cells)
-    digests = np.concatenate(hashes)
     write_spool(
         alignment.work / "spool" / part.name,
         spooled,
@@ -164,6 +146,38 @@ def _spool_slice(
         digests[rows] if alignment.with_digests else digests,
         part.first + rows,
     )
+
+
+def _align(
+    alignment: Alignment, source: OpenSource, part: Slice, places: NDArray[np.int64]
+) -> tuple[list[PackedCells], NDArray[np.uint64], Tally]:
+    """Read, pack and hash all cells of a slice, and count what became of them."""
+    cells: list[PackedCells] = []
+    digests = [np.empty(0, np.uint64)]
+    tally = Tally()
+    for start, stop in pairwise(_read_at_once(source, part)):
+        raw = source.counts(start, stop)
+        try:
+            block = pack_counts(raw, places, alignment.num_genes)
+        except ValueError as error:
+            raise ValueError(f"{source.source.path}: {error}; give the raw counts") from error
+        cells.append(block)
+        if alignment.with_digests:
+            digests.append(content_digests(block, alignment.num_genes))
+        counts = on_panel = int(raw.data.sum(dtype=np.float64))  # whole numbers below 2^53
+        if len(block.packed) < raw.nnz:  # some counts were dropped, or summed
+            on_panel = int(unpack_counts(block.packed).sum(dtype=np.uint64))
+        num_genes = block.num_genes
+        kept = int((num_genes >= alignment.min_genes).sum())
+        empty = int((num_genes == 0).sum())
+        tally += Tally(
+            kept=kept,
+            empty=empty,
+            poor=len(num_genes) - kept - empty,
+            counts=counts,
+            counts_on_panel=on_panel,
+        )
+    return cells, np.concatenate(digests), tally
 
 
 def _read_at_once(source: OpenSource, part: Slice) -> list[int]:

@@ -119,8 +119,8 @@ class StoreConfig:
     min_genes: int = 200
     """Drop cells with fewer expressed panel genes than this (scBERT, Methods)."""
     duplicates: Literal["report", "drop", "keep"] = "report"
-    """Cells with the same counts as an earlier one: say how many each two sources share and keep
-    them, drop all but the first, or do not look for them."""
+    """Cells with the same counts as an earlier one of this ingest: say how many each two sources
+    share and keep them, drop all but the first, or do not look for them."""
     seed: int = 0
     """Seed of the one shuffle that all cells get when they are written. An appended generation is
     shuffled by the store's seed and its own number."""
@@ -261,7 +261,7 @@ class GeneVectorsConfig:
     min_correlation: float = 0.1
     """Least correlation of a pair, between 0 and 1; four standard errors if that is more."""
     epochs: int | None = None
-    """Passes of the skip-gram over all pairs; none takes 10, or so many that two million pairs are
+    """Passes of the skip-gram over all pairs; none takes 10, or so many that a million pairs are
     seen if that is more."""
     negative: int = 5
     """Random genes against which each pair is held."""

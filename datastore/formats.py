@@ -6,234 +6,26 @@ decoded whole: `RawCells.whole` says so, and ingest opens them once for all thei
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import anndata
 import h5py
 import numpy as np
 import rdata
-import zarr
 from numpy.typing import NDArray
 from scipy import io, sparse
 
-from datastore.text_tables import Orientation, open_text, read_table
+from datastore.anndata_files import open_h5ad, open_zarr
+from datastore.raw_cells import Names, RawCells, ReadOptions, decoded_whole
+from datastore.stored_arrays import compressed_rows, dense_counts, dense_rows, read_values
+from datastore.text_tables import open_text, read_table
 
-Names = NDArray[np.object_]
-_VALUES_AT_ONCE: Final = 2**23
-"""Dense values decoded at once, so that a slice of a dense file needs little more than its CSR."""
 _R_GENE: Final = re.compile(r"^(.+?)[-_]ENS[A-Z]*G\d{6,}(\.\d+)?$")
 _LOOM_GENES: Final = ("Gene", "gene_names", "var_names", "GeneName", "gene_name", "Symbol")
 _LOOM_CELLS: Final = ("CellID", "obs_names", "cell_names", "cell_id", "Barcode", "barcode")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """What a person may say about how to read a file."""
-
-    layer: str | None = None
-    """Layer that holds the counts, or `raw`; formats without layers ignore it."""
-    orientation: Orientation = "auto"
-    """What the rows of a text table are."""
-    obs_columns: tuple[str, ...] = ()
-    """Columns of obs that are carried along where a file has them."""
-    known_genes: frozenset[str] = frozenset()
-    """Names by which a table's genes are told from its cells."""
-    recover_counts: bool = False
-    """Whether counts may be computed back from normalised expression."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawCells:
-    """An open file: its genes, and its cells by row. Counts are as the file has them, unchecked."""
-
-    num_cells: int
-    genes: tuple[str, ...]
-    counts: Callable[[int, int], sparse.csr_matrix]
-    """Rows [start, stop) as CSR of shape (stop - start, genes)."""
-    cell_names: Callable[[int, int], Names]
-    num_counts: Callable[[], int]
-    """Stored counts; of a dense file an estimate from its first cells."""
-    obs: Mapping[str, Callable[[int, int], Names]] = field(default_factory=dict)
-    """The columns of obs that were asked for and are there."""
-    place: str = "X"
-    """Where in the file the counts are, for messages."""
-    whole: bool = False
-    """Whether the file was decoded whole."""
-    by_row: bool = False
-    """Whether a few rows at a time are read as fast as many."""
-    orientation: Orientation = "auto"
-    """What a table's rows turned out to be."""
-
-
-def _whole(
-    matrix: sparse.spmatrix, genes: Sequence[str], cells: Sequence[str], **more: Any
-) -> RawCells:
-    """A file that was decoded whole."""
-    rows = sparse.csr_matrix(matrix)
-    names = np.array(cells, object)
-    return RawCells(
-        num_cells=rows.shape[0],
-        genes=tuple(genes),
-        counts=lambda start, stop: rows[start:stop],
-        cell_names=lambda start, stop: names[start:stop],
-        num_counts=lambda: int(rows.nnz),
-        whole=True,
-        by_row=True,
-        **more,
-    )
-
-
-# --- AnnData: .h5ad and Zarr ---
-
-
-@contextmanager
-def _open_h5ad(path: Path, options: ReadOptions) -> Iterator[RawCells]:
-    with h5py.File(path, "r") as file:
-        yield _anndata_cells(file, path, options)
-
-
-@contextmanager
-def _open_zarr(path: Path, options: ReadOptions) -> Iterator[RawCells]:
-    try:
-        group = zarr.open_group(path, mode="r")
-        keys = {name for name in ("obs", "var", "X", "layers", "raw") if name in group}
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or half-copied ({error}); copy it again") from error
-    if not {"obs", "var"} <= keys or not {"X", "layers", "raw"} & keys:
-        raise ValueError(f"{path} is a Zarr folder but not an AnnData: obs, var or X missing")
-    yield _anndata_cells(group, path, options)
-
-
-def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
-    matrix, var, place = _anndata_matrix(file, path, options.layer)
-    genes = tuple(map(str, _index(var, 0, None)))
-    shape = tuple(map(int, matrix.shape if _is_array(matrix) else matrix.attrs["shape"]))
-    if len(shape) != 2 or shape[1] != len(genes):
-        raise ValueError(f"{path}: the matrix is {shape} but var has {len(genes)} genes")
-    columns = file["obs"]
-    present = [name for name in options.obs_columns if name in columns]
-    return RawCells(
-        num_cells=shape[0],
-        genes=genes,
-        cell_names=partial(_index, columns),
-        obs={name: partial(_values, columns[name]) for name in present},
-        place=place,
-        counts=_anndata_rows(matrix, shape),
-        num_counts=(
-            partial(_dense_counts, matrix, False)
-            if _is_array(matrix)
-            else lambda: int(matrix["data"].shape[0])
-        ),
-        by_row=not _is_array(matrix),
-        whole=not _is_array(matrix) and "csc" in str(matrix.attrs.get("encoding-type")),
-    )
-
-
-def _anndata_matrix(file: Any, path: Path, layer: str | None) -> tuple[Any, Any, str]:
-    """The matrix, the table of its genes, and where it is."""
-    layers = sorted(file["layers"]) if "layers" in file else []
-    if layer is None:
-        if "X" not in file:
-            raise ValueError(f"{path} has no X; name the layer that holds the counts (--layer)")
-        return file["X"], file["var"], "X"
-    if layer in layers:
-        return file["layers"][layer], file["var"], f"layers[{layer!r}]"
-    if layer == "raw" and "raw" in file:
-        return file["raw"]["X"], file["raw"]["var"], "raw"
-    also = " (and raw)" if "raw" in file else ""
-    raise ValueError(f"{path} has no layer {layer!r}; it has {layers or 'none'}{also}")
-
-
-def _anndata_rows(matrix: Any, shape: tuple[int, ...]) -> Callable[[int, int], sparse.csr_matrix]:
-    if _is_array(matrix):
-        return partial(_dense_rows, matrix, False)
-    if "csc" not in str(matrix.attrs.get("encoding-type")):
-        return partial(_compressed_rows, matrix, shape[1])
-    decoded: list[sparse.csr_matrix] = []
-
-    def rows(start: int, stop: int) -> sparse.csr_matrix:
-        if not decoded:
-            arrays = [matrix[name][:] for name in ("data", "indices", "indptr")]
-            columns = sparse.csc_matrix(tuple(arrays), shape=shape)
-            columns.check_format(full_check=True)
-            decoded.append(columns.tocsr())
-        return decoded[0][start:stop]
-
-    return rows
-
-
-def _is_array(element: Any) -> bool:
-    return isinstance(element, h5py.Dataset | zarr.Array)
-
-
-def _index(table: Any, start: int, stop: int | None) -> Names:
-    return _values(table[table.attrs.get("_index", "_index")], start, stop)
-
-
-def _values(element: Any, start: int, stop: int | None) -> Names:
-    """Rows [start, stop) of a column as objects; None stands for a missing one."""
-    if not _is_array(element):
-        if element.attrs.get("encoding-type") != "categorical":
-            return _objects(anndata.io.read_elem(element)[start:stop])
-        return _categories(element["codes"][start:stop], _values(element["categories"], 0, None))
-    if "categories" in element.attrs and isinstance(element, h5py.Dataset):  # before anndata 0.8
-        former = element.file[element.attrs["categories"]]
-        return _categories(element[start:stop], _values(former, 0, None))
-    if isinstance(element, h5py.Dataset) and h5py.check_string_dtype(element.dtype):
-        return _objects(element.asstr()[start:stop])
-    return _objects(element[start:stop])
-
-
-def _categories(codes: NDArray[np.integer[Any]], categories: Names) -> Names:
-    with_missing: Names = np.array([*categories, None], object)
-    return np.take(with_missing, codes)  # code -1 is missing
-
-
-def _objects(values: Any) -> Names:
-    array = np.asarray(values, object)
-    return np.array([None if value is None or value != value else value for value in array], object)
-
-
-# --- rows of stored matrices ---
-
-
-def _compressed_rows(group: Any, num_genes: int, start: int, stop: int) -> sparse.csr_matrix:
-    """Rows [start, stop) of CSR arrays (or columns of CSC ones, which is the transpose)."""
-    indptr = np.asarray(group["indptr"][start : stop + 1], np.int64)
-    first, last = int(indptr[0]), int(indptr[-1])
-    matrix = sparse.csr_matrix(
-        (group["data"][first:last], group["indices"][first:last], indptr - first),
-        shape=(stop - start, num_genes),
-    )
-    matrix.check_format(full_check=True)
-    return matrix
-
-
-def _dense_rows(array: Any, transposed: bool, start: int, stop: int) -> sparse.csr_matrix:
-    """Rows [start, stop) of a dense array, or of its transpose, a few at a time."""
-    axis = 1 if transposed else 0
-    chunk = array.chunks[axis] if array.chunks else 1
-    step = max(1, _VALUES_AT_ONCE // max(1, array.shape[1 - axis]) // chunk) * chunk
-    # Steps begin where chunks do, so that none is decoded twice.
-    edges = [start, *range((start // step + 1) * step, stop, step), stop]
-    blocks = [
-        array[:, low:high].T if transposed else array[low:high] for low, high in pairwise(edges)
-    ]
-    return sparse.vstack([sparse.csr_matrix(block) for block in blocks], format="csr")
-
-
-def _dense_counts(array: Any, transposed: bool) -> int:
-    """Estimate the counts of a dense array, or of its transpose, from its first cells."""
-    num_cells = array.shape[1 if transposed else 0]
-    seen = min(num_cells, 64)
-    return int(_dense_rows(array, transposed, 0, seen).nnz / max(1, seen) * num_cells)
-
 
 # --- 10x ---
 
@@ -252,18 +44,18 @@ def _open_10x_h5(path: Path, options: ReadOptions) -> Iterator[RawCells]:
             names, types = group["features/name"], group["features"].get("feature_type")
         else:
             names, types = group["gene_names" if "gene_names" in group else "genes"], None
-        genes = _values(names, 0, None)
+        genes = read_values(names, 0, None)
         num_cells = int(group["shape"][1])
         if (len(genes), num_cells) != (int(group["shape"][0]), len(group["barcodes"])):
             raise ValueError(f"{path} does not name every gene and cell of its matrix")
-        kept = _expression_only(None if types is None else _values(types, 0, None), len(genes))
+        kept = _expression_only(None if types is None else read_values(types, 0, None), len(genes))
         yield RawCells(
             num_cells=num_cells,
             genes=tuple(map(str, genes[kept])),
             counts=lambda start, stop: _select(
-                _compressed_rows(group, len(genes), start, stop), kept
+                compressed_rows(group, len(genes), start, stop), kept
             ),
-            cell_names=partial(_values, group["barcodes"]),
+            cell_names=partial(read_values, group["barcodes"]),
             num_counts=lambda: len(group["data"]),
             by_row=True,
             place=genomes[0],
@@ -296,7 +88,9 @@ def _open_10x_mtx(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     kept = _expression_only(types, len(features))
     names = np.array([row[1] if len(row) > 1 else row[0] for row in features], object)
     cells = [line.split("\t")[0] for line in lines[1]]
-    yield _whole(_select(matrix.tocsr(), kept), list(names[kept]), cells, place=files[0].name)
+    yield decoded_whole(
+        _select(matrix.tocsr(), kept), list(names[kept]), cells, place=files[0].name
+    )
 
 
 def _text_lines(path: Path) -> list[str]:
@@ -354,11 +148,11 @@ def _open_loom(path: Path, options: ReadOptions) -> Iterator[RawCells]:
         present = [name for name in options.obs_columns if name in columns]
         yield RawCells(
             num_cells=int(matrix.shape[1]),
-            genes=tuple(map(str, _values(genes, 0, None))),
-            counts=partial(_dense_rows, matrix, True),
-            num_counts=partial(_dense_counts, matrix, True),
-            cell_names=_row_numbers if cells is None else partial(_values, cells),
-            obs={name: partial(_values, columns[name]) for name in present},
+            genes=tuple(map(str, read_values(genes, 0, None))),
+            counts=partial(dense_rows, matrix, True),
+            num_counts=partial(dense_counts, matrix, True),
+            cell_names=_row_numbers if cells is None else partial(read_values, cells),
+            obs={name: partial(read_values, columns[name]) for name in present},
             place=place,
         )
 
@@ -400,7 +194,7 @@ def _open_rdata(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
     cells = names[1] if names[1] is not None else list(_row_numbers(0, num_cells))
-    yield _whole(matrix, [r_gene_symbol(str(name)) for name in names[0]], cells, place="sm")
+    yield decoded_whole(matrix, [r_gene_symbol(str(name)) for name in names[0]], cells, place="sm")
 
 
 def r_gene_symbol(name: str) -> str:
@@ -425,7 +219,7 @@ def _r_objects(pairs: Any) -> dict[str, Any]:
 @contextmanager
 def _open_table(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     table = read_table(path, options.orientation, options.known_genes)
-    yield _whole(
+    yield decoded_whole(
         table.counts, table.genes, table.cells, place="the table", orientation=table.orientation
     )
 
@@ -433,8 +227,8 @@ def _open_table(path: Path, options: ReadOptions) -> Iterator[RawCells]:
 Opener = Callable[[Path, ReadOptions], AbstractContextManager[RawCells]]
 
 FORMATS: Final[dict[str, Opener]] = {
-    "h5ad": _open_h5ad,
-    "zarr": _open_zarr,
+    "h5ad": open_h5ad,
+    "zarr": open_zarr,
     "10x h5": _open_10x_h5,
     "10x mtx": _open_10x_mtx,
     "loom": _open_loom,

@@ -48,7 +48,7 @@ _GENES_AT_ONCE: Final = 512
 _PAIRS_AT_ONCE: Final = 2_000_000
 _GROUPS_AT_ONCE: Final = 16
 _EPOCHS: Final = 10
-_PAIRS_SEEN: Final = 2_000_000
+_PAIRS_SEEN: Final = 1_000_000
 _STANDARD_ERRORS: Final = 4.0
 _SETTINGS: Final = (
     *("group_by", "cells_per_group", "min_cells", "neighbours", "min_correlation"),

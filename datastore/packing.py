@@ -121,6 +121,13 @@ def unpack_counts(packed: Packed) -> Packed:
     return _halves(packed)[::2]
 
 
+def highest_count(cells: PackedCells) -> int:
+    """A number that no count exceeds; the highest count itself if that takes more than 16 bits."""
+    if cells.packed.dtype == _NARROW:
+        return int(np.iinfo(np.uint16).max)
+    return int(unpack_counts(cells.packed).max(initial=0))
+
+
 def widen(packed: Packed) -> Packed:
     """Pack into 64 bits what may be packed into 32, so that it can be joined with such."""
     if packed.dtype == _WIDE:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datastore.config import StoreConfig
-from datastore.formats import ReadOptions
 from datastore.genes import read_panel
 from datastore.manifest import ListedSource, list_sources
+from datastore.raw_cells import ReadOptions
 from datastore.sources import BrokenSource, BrokenSources, Source, scan_listed
 from datastore.workers import Compute
 

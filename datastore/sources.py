@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from datastore.formats import FORMATS, Names, RawCells, ReadOptions
+from datastore.formats import FORMATS
 from datastore.manifest import ListedSource
+from datastore.raw_cells import Names, RawCells, ReadOptions
 from datastore.recognition import recognise
 from datastore.recovery import UnprovenCounts, recover_counts
 

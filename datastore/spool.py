@@ -121,7 +121,9 @@ def read_block(path: Path, number: int) -> tuple[SpooledCells, PackedCells]:
         width = sum(column.itemsize for _, column in columns)
         blocks_start = table_start + _ROW * (header["partitions"] + 1)
         file.seek(blocks_start + int(width * start + kind.itemsize * first))
-        block = file.read(int(width * (stop - start) + kind.itemsize * (last - first)))
+        # An array: NumPy asks for large pages, which a file's read() does not.
+        block = np.empty(int(width * (stop - start) + kind.itemsize * (last - first)), np.uint8)
+        file.readinto(block.data)
     packed = np.frombuffer(block, kind, last - first)
     values: dict[str, NDArray[Any]] = {}
     offset = packed.nbytes

@@ -23,6 +23,8 @@ RETRIES: dict[str, Any] = {"max_retries": 8, "initial_delay": "500ms", "max_dela
 """How often a server is asked again, and after which pauses: about a minute in all."""
 SILENCE_SECONDS: Final = "60"
 """A transfer that stands still for so long counts as dropped."""
+_DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
+"""Kinds of TensorStore's errors that speak of the bytes, and not of the way to them."""
 _PIECE: Final = 8 * 2**20
 _ADDRESS: Final = re.compile(r"(s3|gs|https?)://([^/?#]+)/?([^?#]*)")
 _ANY_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -107,9 +109,8 @@ class LocalFolder:
         return {"driver": "file", "path": f"{(self.path / name).resolve()}/"}
 
     def failure(self, name: str, error: Exception) -> Exception:  # noqa: D102
-        return StoreFormatError(
-            f"{self.path / name} is damaged: {_first_line(error)}; copy the store again or "
-            "rebuild it"
+        return _damaged(str(self.path / name), error) or OSError(
+            f"{self.path / name} cannot be read ({_first_line(error)}); check the disk"
         )
 
 
@@ -133,7 +134,7 @@ class RemoteFolder:
             found = len(self._read(name, slice(size - 1, None)))
         except FileNotFoundError:
             return "is missing"
-        except StoreFormatError:
+        except StoreFormatError:  # what was asked for is behind the end
             return f"has less than {size} bytes"
         return None if found == 1 else f"has {size - 1 + found} bytes instead of {size}"
 
@@ -168,12 +169,10 @@ class RemoteFolder:
                 f"{where}: the server refuses to show it ({cause}); check the credentials in the "
                 "environment"
             )
-        if cause.startswith(("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN")):
-            return ConnectionError(
-                f"{where} could not be read to its end ({cause}); check the network and the "
-                "address, then start again"
-            )
-        return StoreFormatError(f"{where} is damaged: {cause}; copy the store again or rebuild it")
+        return _damaged(where, error) or ConnectionError(
+            f"{where} could not be read to its end ({cause}); check the network and the address, "
+            "then start again"
+        )
 
     def _read(self, name: str, part: slice | None = None) -> bytes:
         folder = _open(json.dumps(self.kvstore("")))
@@ -243,6 +242,15 @@ def _s3_settings() -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def _open(kvstore: str) -> Any:
     return ts.KvStore.open(json.loads(kvstore)).result()
+
+
+def _damaged(where: str, error: Exception) -> StoreFormatError | None:
+    """Say that a file is damaged, if that is what TensorStore says."""
+    if not str(error).startswith(_DAMAGE):
+        return None
+    return StoreFormatError(
+        f"{where} is damaged: {_first_line(error)}; copy the store again or rebuild it"
+    )
 
 
 def _first_line(error: Exception) -> str:

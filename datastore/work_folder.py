@@ -25,6 +25,7 @@ APPENDING: Final = ".appending"
 _FOLDERS: Final = ("parts", "spool", "places", "duplicates", "store")
 _PLAN: Final = "plan.json"
 _WHOLE: Final = "whole.json"
+_NEEDED: Final = "needed.json"
 _SPOOL_BYTES: Final = 4  # per count
 _STORE_BYTES: Final = {"fast": 2.2, "archive": 1.6}  # per count; measured: 1.9 and 1.4
 _BYTES_PER_CELL: Final = 200  # name, place, hash and row
@@ -35,7 +36,7 @@ _SECOND: Final = "another ingest is writing {}; wait for it, or choose another o
 def locked(output: Path, suffix: str) -> Iterator[Path]:
     """Yield the folder in which an ingest works, for one ingest of a store at a time.
 
-    A folder that this ingest began goes again when its input is refused.
+    A folder that this ingest began goes again when its input is refused, or the disk too small.
 
     Raises:
         StoreFormatError: If another ingest builds the store or appends to it.
@@ -62,6 +63,8 @@ def locked(output: Path, suffix: str) -> Iterator[Path]:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(_full_disk(work)) from error
+            if _plan_text(work) is None:
+                clear(work)  # nothing was begun
             raise
 
 
@@ -84,6 +87,7 @@ def start_or_continue(work: Path, plan: Plan, identity: dict[str, Any]) -> bool:
             (work / name).mkdir()
     _refuse_small_disk(work, plan)
     if not same:
+        write_json(work / _NEEDED, bytes_needed(plan))
         write_json(work / _PLAN, identity)
     return same
 
@@ -121,13 +125,12 @@ def _remove_work(work: Path) -> None:
     for child in work.iterdir():
         if child.is_dir():
             shutil.rmtree(child)
-    for name in (_PLAN, _WHOLE):
+    for name in (_NEEDED, _PLAN, _WHOLE):
         (work / name).unlink(missing_ok=True)
 
 
 def _refuse_small_disk(work: Path, plan: Plan) -> None:
     needed, there, free = bytes_needed(plan), _bytes_below(work), shutil.disk_usage(work).free
-    write_json(work / "needed.json", needed)
     if needed - there > free:
         raise OSError(
             f"the disk of {work} is too small: about {_size(needed - there)} are needed for the "
@@ -138,7 +141,7 @@ def _refuse_small_disk(work: Path, plan: Plan) -> None:
 
 def _full_disk(work: Path) -> str:
     try:
-        needed = int(json.loads((work / "needed.json").read_text(encoding="utf-8")))
+        needed = int(json.loads((work / _NEEDED).read_text(encoding="utf-8")))
         missing = f"about {_size(max(0, needed - _bytes_below(work)))} more are needed"
     except (FileNotFoundError, json.JSONDecodeError):
         missing = "how much is needed is not known yet"

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from datastore.duplicates import dropped_places
 from datastore.genes import GenePanel
-from datastore.packing import Packed, PackedCells, cells_of, unpack_counts, unpack_genes
+from datastore.packing import (
+    Packed,
+    PackedCells,
+    cells_of,
+    highest_count,
+    unpack_counts,
+    unpack_genes,
+)
 from datastore.plan import Plan
 from datastore.spool import SpooledCells, read_block
 from datastore.store import write_json
@@ -92,7 +99,7 @@ def _write_part(
             target,
             gathered.indptr,
             _pieces(packed, gathered),
-            max(int(unpack_counts(cells.packed).max()) for cells in packed),
+            max(highest_count(cells) for cells in packed),
             _obs(blocks, gathered, columns),
             panel,
             sizes,

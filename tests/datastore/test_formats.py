@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from datastore import formats
-from datastore.formats import FORMATS, ReadOptions, r_gene_symbol
+from datastore import stored_arrays
+from datastore.formats import FORMATS, r_gene_symbol
 from datastore.manifest import ListedSource
+from datastore.raw_cells import ReadOptions
 from datastore.recognition import recognise
 from datastore.sources import Source, open_source, scan_listed, scan_source
 from datastore.text_tables import Orientation
@@ -112,7 +113,7 @@ def test_every_format_is_the_dense_matrix(
     source = scan_source(path, None)
     assert (recognise(path), source.format, source.whole) == (kind, kind, whole)
     assert (source.name, source.num_cells, source.genes) == ("pbmc", 23, tuple(GENES))
-    monkeypatch.setattr(formats, "_VALUES_AT_ONCE", 60)  # dense files in several steps
+    monkeypatch.setattr(stored_arrays, "_VALUES_AT_ONCE", 60)  # dense files in several steps
     for step in (1, 7, 23):
         np.testing.assert_array_equal(dense(source, step), RAW.counts)
     with open_source(source) as cells:

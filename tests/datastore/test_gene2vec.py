@@ -145,7 +145,7 @@ def test_the_corpus_has_every_pair_in_another_order(
 
 
 def test_genes_of_a_program_lie_together(programs: CellStore, tmp_path: Path) -> None:
-    facts = embed_genes(settings(programs, tmp_path / "v"))
+    facts = embed_genes(settings(programs, tmp_path / "v", epochs=150))
     matrix, names, said = read(tmp_path / "v")
     assert (matrix.shape, names) == ((52, 16), programs.panel.names)
     assert matrix.dtype == np.float32
@@ -313,8 +313,8 @@ def test_known_pairs_of_blood_cells_lie_together(tmp_path: Path) -> None:
         pairs = np.array(
             [close[names.index(one), names.index(other)] for one, other in KNOWN_PAIRS]
         )
-        # Measured: known pairs 0.60 to 0.94, others 0.34 ± 0.15.
+        # Measured: known pairs 0.68 to 0.90, others 0.38 ± 0.17.
         assert pairs.mean() > others.mean() + 2 * others.std()
         percentiles.append([(others < pair).mean() for pair in pairs])
-    assert np.min(percentiles) > 0.9  # measured 0.947
+    assert np.min(percentiles) > 0.9  # measured 0.939
     assert np.mean(percentiles) > 0.95  # measured 0.982

@@ -24,6 +24,7 @@ from scipy import sparse
 from datastore import align_pass, ingest, spool, store_writing, write_pass
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
+from datastore.reader import CellReader
 from datastore.sources import OpenSource
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import write_manifest
@@ -154,6 +155,23 @@ def test_sums_of_duplicate_genes_outgrow_the_files_number_type(tmp_path: Path) -
         path = write_h5ad(tmp_path, raw, sparse.csr_matrix(raw.counts.astype(np.uint8)))
     built = build_store(store_config([str(path)], tmp_path / "s.zarr"))
     np.testing.assert_array_equal(dense_store(built), np.tile([600, 200], (10, 1)))
+
+
+def test_an_archive_holds_the_same_for_all_readers(
+    tmp_path: Path, sources: list[str], store: CellStore
+) -> None:
+    archive = build_store(store_config(sources, tmp_path / "s.zarr", codec="archive"))
+    assert archive.header.partitions == store.header.partitions
+    np.testing.assert_array_equal(dense_store(archive), dense_store(store))  # by anndata
+    everything = np.arange(store.num_cells)
+    found, expected = (CellReader(of).read(everything) for of in (archive, store))
+    np.testing.assert_array_equal(found.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.genes, expected.genes)
+    np.testing.assert_array_equal(found.counts, expected.counts)
+    assert verify_store(archive.path) == []
+    codecs = (archive.path / "dataset_0" / "X" / "data" / "zarr.json").read_text()
+    assert '"zstd"' in codecs
+    assert '"crc32c"' in codecs
 
 
 def test_a_layer_is_taken_in_place_of_x(tmp_path: Path) -> None:

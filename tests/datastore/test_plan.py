@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.formats import ReadOptions
 from datastore.plan import Plan, Shuffle
+from datastore.raw_cells import ReadOptions
 from datastore.sources import Source
 from tests.support.cells import store_config
 

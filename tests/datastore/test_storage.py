@@ -184,6 +184,12 @@ def test_verify_tells_what_became_of_remote_files(
         CellReader(open_store(address)).read(ALL)
 
 
+def test_a_disk_that_fails_is_not_a_damaged_store(store: CellStore) -> None:
+    refused = store.storage.failure("dataset_0/X/data", ValueError("PERMISSION_DENIED: no"))
+    assert not isinstance(refused, StoreFormatError)
+    assert f"{store.path}/dataset_0/X/data cannot be read" in str(refused)
+
+
 # --- what networks do ---
 
 
@@ -229,6 +235,7 @@ def test_a_lying_network_never_changes_a_cell(
         pytest.param("drop", ConnectionError, "check the network", id="closed at once"),
         pytest.param("cut", ConnectionError, "partial file.*check the network", id="cut short"),
         pytest.param("403", PermissionError, "check the credentials", id="forbidden"),
+        pytest.param("400", ConnectionError, "Bad Request.*check the network", id="refused"),
         pytest.param("404", StoreFormatError, "copy the store again", id="lost"),
         pytest.param("short", StoreFormatError, "copy the store again", id="shorter"),
         pytest.param("garble", StoreFormatError, "copy the store again", id="a flipped bit"),

@@ -255,7 +255,7 @@ def test_ten_thousand_partitions_open_in_a_second(many_partitions: Path) -> None
     many = open_store(many_partitions)
     reader = CellReader(many)
     first = reader.read(np.arange(30))
-    assert time.perf_counter() - started < 1.0  # measured: 0.25 s
+    assert time.perf_counter() - started < 1.0  # measured: 0.15 s
     for partition in (5_000, 9_999):  # of all arrays only those that are read are looked for
         cells = reader.read(np.arange(30) + 30 * partition)
         np.testing.assert_array_equal(cells.counts, first.counts)

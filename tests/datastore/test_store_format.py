@@ -1,5 +1,6 @@
 """What docs/store_format.md says: its code runs word for word, and its list of files is true."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from datastore.store import CellStore, open_store
 from tests.support.cells import dense_store, file_bytes
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "store_format.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = (ROOT / "docs" / "store_format.md").read_text()
+RESULT = ROOT / "benchmarks" / "results" / "panglao_rehearsal.json"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
@@ -39,3 +42,33 @@ def test_files_of_the_page_are_those_of_a_store(store: CellStore) -> None:
         assert any(re.fullmatch(pattern, name) for pattern in patterns), name
     for pattern in patterns:
         assert any(re.fullmatch(pattern, name) for name in file_bytes(store.path)), pattern
+
+
+def test_figures_of_the_page_are_those_of_the_benchmark() -> None:
+    figures = json.loads(RESULT.read_text())["figures"]
+    ingest, epoch, later = figures["ingest"], figures["epoch"], figures["at_100_million"]
+    for row in (
+        f"| sources | {figures['sources']} files, {len(figures['broken_files_named'])} broken ones "
+        f"beside them, {figures['files']['bytes'] / 1e6:,.0f} MB |",
+        f"| cells | {figures['cells']:,}, "
+        f"{figures['expressed_panel_genes_per_cell']:,.0f} expressed panel genes each |",
+        f"| ingest by two Dask workers | {ingest['seconds']:,.0f} s; at most "
+        f"{ingest['worker_peak_mb']:,.0f} MB a worker, {ingest['peak_mb']:,.0f} MB in the process "
+        "that leads |",
+        f"| store | {figures['store_bytes'] / 1e6:,.0f} MB, {figures['bytes_per_cell']:,.0f} bytes "
+        "a cell |",
+        f"| open, and see that every file is there | {figures['open']['seconds']:.3f} s |",
+        f"| verify | {figures['verify']['seconds']:.2f} s, from the page cache |",
+        f"| append ten samples | {figures['append']['cells']:,} cells in "
+        f"{figures['append']['seconds']:.0f} s |",
+        f"| an epoch, counts, two ranks | {epoch['cells_per_second']:,.0f} cells/s, "
+        f"{epoch['cells_per_cpu_second']:,.0f} per CPU-second; first batch after "
+        f"{epoch['first_batch_seconds']:.2f} s; {epoch['rank_peak_mb']:,.0f} MB a rank |",
+        f"| ingest | {later['ingest_hours']:.0f} h for {later['files']:,.0f} files: "
+        f"{later['ingest_seconds_per_file']:.2f} s a file and "
+        f"{later['ingest_seconds_per_1000_cells']:.2f} s for 1,000 cells |",
+        f"| memory of the process that leads | {later['coordinator_gigabytes']:.0f} GB |",
+        f"| store size | {later['store_gigabytes']:.0f} GB |",
+        f"| reading an epoch | {later['epoch_hours_of_two_ranks']:.1f} h |",
+    ):
+        assert row in DOCUMENT, row

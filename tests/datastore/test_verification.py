@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datastore.reader import CellReader
 from datastore.storage import LocalFolder
-from datastore.store import MANIFEST, CellStore, StoreFormatError, open_store
+from datastore.store import MANIFEST, CellStore, StoreFormatError, open_store, read_record
 from datastore.verification import check_complete, verify_store
 from tests.support.cells import file_bytes, random_counts
 from tests.support.stores import edit_manifest, flip_bit, write_small_store
@@ -77,24 +78,57 @@ def test_thousand_random_flips_are_found(copied_store: CellStore) -> None:
     assert caught_flips(copied_store.path, 1000, seed=2) == 1000
 
 
-def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+READ = re.compile(
+    r"manifest\.json|genes\.txt|records/dataset_.*|dataset_\d+/X/\w+/(c/\d+|zarr\.json)"
+)
+
+
+def flips_caught_by_reading(folder: Path, flips: int, seed: int) -> int:
+    """Flip single bits in the files that reading needs; count the refusals."""
+    names = [name for name in file_bytes(folder) if READ.fullmatch(name)]
+    rng = np.random.default_rng(seed)
+    caught = 0
+    for _ in range(flips):
+        path = folder / names[rng.integers(len(names))]
+        place, bit = int(rng.integers(path.stat().st_size)), int(rng.integers(8))
+        flip_bit(path, place, bit)
+        read_record.cache_clear()  # as a process that has just started
+        try:
+            store = open_store(folder)
+            CellReader(store).read(np.arange(store.num_cells))
+        except StoreFormatError:
+            caught += 1
+        flip_bit(path, place, bit)
+    return caught
+
+
+@pytest.mark.parametrize(
+    ("flips", "seed"),
+    [pytest.param(100, 3, id="100"), pytest.param(1000, 4, id="1000", marks=pytest.mark.slow)],
+)
+def test_random_flips_are_found_by_reading(copied_store: CellStore, flips: int, seed: int) -> None:
+    assert flips_caught_by_reading(copied_store.path, flips, seed) == flips
+    read_record.cache_clear()
+    assert len(CellReader(open_store(copied_store.path)).read(np.arange(70)).positions) == 70
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     small = write_small_store(tmp_path / "s.zarr", random_counts(0, 5, 4))
     edit_manifest(small, left_out=[{"path": "\u00d7.h5ad", "reason": "caf\u00e9, J1"}])
     whole = open_store(small.path)
     path = small.path / MANIFEST
     content = path.read_bytes()
     assert b"\\u00e9" in content  # where another case of letters says the same
-    for place in range(len(content)):
-        for bit in range(8):
-            path.write_bytes(
-                content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
-            )
-            try:
-                opened = open_store(small.path)
-            except StoreFormatError:
-                continue
-            assert (opened.header, opened.files) == (whole.header, whole.files)  # it says the same
-            assert findings(small.path) == [("altered", MANIFEST)]
+    bits = np.random.default_rng(5).integers(8, size=len(content))
+    for place, bit in enumerate(bits.tolist()):
+        changed = bytes([content[place] ^ 1 << bit])
+        path.write_bytes(content[:place] + changed + content[place + 1 :])
+        try:
+            opened = open_store(small.path)
+        except StoreFormatError:
+            continue
+        assert (opened.header, opened.files) == (whole.header, whole.files)  # it says the same
+        assert findings(small.path) == [("altered", MANIFEST)]
     path.write_bytes(content)
 
 

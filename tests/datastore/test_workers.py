@@ -79,7 +79,6 @@ def test_a_cluster_gives_the_same_results() -> None:
 
 
 def test_slurm_jobs_are_asked_for_as_stated() -> None:
-    pytest.importorskip("dask_jobqueue", reason="the extra slurm is not installed")
     settings = SlurmConfig(
         jobs=3, cores=6, memory="12GB", walltime="02:30:00", queue="cpu", account="lab"
     )
@@ -103,7 +102,6 @@ def test_jobs_are_submitted_when_an_ingest_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An `sbatch` that starts the job script here stands for a Slurm controller."""
-    pytest.importorskip("dask_jobqueue", reason="the extra slurm is not installed")
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         "#!/bin/sh\n"

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Fault = Literal["", "503", "403", "404", "drop", "cut", "short", "garble", "no ranges", "stall"]
-"""What goes wrong with an answer: a busy server, a refusal, a lost file, a connection closed before
-or in the midst of the body, a body cut short (with headers that say so) or changed by one bit, a
-server that knows no byte ranges, one that falls silent."""
+Fault = Literal[
+    "", "503", "400", "403", "404", "drop", "cut", "short", "garble", "no ranges", "stall"
+]
+"""What goes wrong with an answer: a busy server, two refusals, a lost file, a connection closed
+before or in the midst of the body, a body cut short (with headers that say so) or changed by one
+bit, a server that knows no byte ranges, one that falls silent."""
 
 _GCS_OBJECT = re.compile(r"/storage/v1/b/([^/]+)/o(?:/([^/]+))?")
 
@@ -64,7 +66,7 @@ class FolderServer:
             self._send(request, 200, self._listing(parse_qs(split.query)))
             return
         file = self.folder / (unquote(gcs[2]) if gcs else path).lstrip("/")
-        if fault in ("503", "403", "404"):
+        if fault in ("503", "400", "403", "404"):
             self._send(request, int(fault), b"")
         elif fault == "drop":
             request.close_connection = True
