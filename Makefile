@@ -3,6 +3,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+BENCH_MODULES := benchmarks/cells.py benchmarks/environments.py benchmarks/panglao_corpus.py
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHON TORCH
 
@@ -13,7 +14,7 @@ ifneq ($(TORCH),$(shell cat $(STAMP) 2>/dev/null))
 endif
 endif
 
-.PHONY: help quickstart test test-slow test-all check format bench constraints clean distclean
+.PHONY: help quickstart test test-slow test-cluster test-all check format bench constraints clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -27,7 +28,10 @@ test: $(STAMP)  ## the tests every change must pass (ARGS="-k masking" for some 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
-test-all: $(STAMP)  ## every test, those for several hosts and for Slurm included
+test-cluster: $(STAMP)  ## several hosts and a Slurm on this machine (root; says what to install)
+	$(VENV)/bin/python -m pytest -m "cluster or slurm" $(ARGS)
+
+test-all: $(STAMP)  ## every test
 	$(VENV)/bin/python -m pytest -m "" $(ARGS)
 
 check: $(STAMP)  ## ruff, ruff format and mypy
@@ -40,7 +44,7 @@ format: $(STAMP)  ## rewrite the sources in house style
 	$(VENV)/bin/ruff format .
 
 bench: $(STAMP)  ## every benchmark in its quick form
-	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(VENV)/bin/python $$script --quick; done
+	@set -e; for script in $(filter-out $(BENCH_MODULES),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(VENV)/bin/python $$script --quick; done
 
 constraints:  ## resolve the newest allowed versions and rewrite constraints.txt
 	sh launchers/setup_env.sh constraints

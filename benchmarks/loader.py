@@ -201,7 +201,7 @@ def measure(
         "figures": {
             "cells": options.cells,
             "rounds": options.rounds,
-            "bytes_per_cell": round(size(data / "ours.zarr") / store.num_cells, 1),
+            "bytes_per_cell": bytes_per_cell(data, corpus),
             "not_measured": missing,
             "built": built,
             **{name: medians(results) for name, results in rounds.items()},
@@ -350,6 +350,20 @@ def mixing_variance(store: CellStore, epochs: int = 20) -> float:
     expected = BATCH * share * (1 - share) * without_return
     found = np.mean((np.array(counts) - BATCH * share) ** 2, axis=0)
     return float(np.mean(found / expected))
+
+
+def bytes_per_cell(data: Path, corpus: Corpus) -> Numbers:
+    """Bytes on disk for each cell, of the stores that are there; cellstream has one source."""
+    cells = {
+        "ours.zarr": corpus.num_cells,
+        "annbatch.zarr": corpus.num_cells,
+        "cellstream.csad": corpus.source_sizes()[0],
+    }
+    return {
+        name.split(".")[0]: round(size(data / name) / number, 1)
+        for name, number in cells.items()
+        if (data / name).exists()
+    }
 
 
 def medians(results: list[Numbers]) -> Numbers:

@@ -23,7 +23,7 @@ from datastore.sources import OpenSource, Source, open_source
 from datastore.spool import SpooledCells, read_tally, write_spool
 from datastore.workers import Compute
 
-_CELLS_AT_ONCE: Final = 512
+_CELLS_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

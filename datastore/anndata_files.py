@@ -24,7 +24,8 @@ from datastore.stored_arrays import (
 @contextmanager
 def open_h5ad(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     """Open an AnnData in HDF5."""
-    with h5py.File(path, "r") as file:
+    # Rows are read once and in order: HDF5's cache of chunks would be one more copy of all.
+    with h5py.File(path, "r", rdcc_nbytes=0) as file:
         yield _anndata_cells(file, path, options)
 
 

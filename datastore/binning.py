@@ -4,8 +4,8 @@ A cell's counts are scaled to 10,000 after alignment to the panel, then binned b
 `min(top, floor(log2(1 + x)))`. Bins are whole numbers, so the edges are compared in exact integer
 arithmetic instead of through a logarithm that may round across one.
 
-`bin_counts` says what a bin is. Within a cell the bin depends on the count alone, so a table per
-cell, of as many entries as it takes to reach the top bin, gives the same bins with less work.
+`bin_counts` says what a bin is. Within a cell the bin depends on the count alone, so for cells it
+is enough to know the smallest count of each bin, and to compare whole numbers with those.
 """
 
 from typing import Any, Final
@@ -63,19 +63,18 @@ def bin_cells(
     """
     lengths = np.diff(indptr)
     library = library_sizes(indptr, counts)
-    longest = _table_length(library, config)
-    whole = np.issubdtype(counts.dtype, np.unsignedinteger)
-    if not whole or not _tables_pay(longest, len(lengths), len(counts)):
+    if not np.issubdtype(counts.dtype, np.integer):
         return bin_counts(counts, np.repeat(library, lengths), config)
-    # All counts from the last entry on are in the top bin.
-    tables = bin_counts(np.arange(longest), library[:, None], config)
     pool = pool or BufferPool()
-    place = pool.take(len(counts), np.int32)
-    last = min(longest - 1, 2 ** (8 * counts.itemsize) - 1)
-    np.minimum(counts, last, out=place, casting="unsafe")
-    place += np.repeat(np.arange(len(lengths), dtype=np.int32) * longest, lengths)
     bins: NDArray[np.uint8] = pool.take(len(counts), np.uint8)
-    tables.ravel().take(place, out=bins, mode="clip")  # clip needs no second buffer
+    reached: NDArray[np.bool_] = pool.take(len(counts), np.bool_)
+    bins[:] = 0
+    for edge in range(1, config.top_bin + 1):
+        smallest = _smallest_count(library, edge, config)
+        widest = np.min_scalar_type(int(smallest.max(initial=1)))
+        smallest = smallest.astype(np.result_type(counts.dtype, widest))
+        np.greater_equal(counts, np.repeat(smallest, lengths), out=reached)
+        bins += reached
     return bins
 
 
@@ -143,13 +142,11 @@ def to_dense(
     return dense
 
 
-def _tables_pay(longest: int, num_cells: int, num_counts: int) -> bool:
-    return longest * num_cells < num_counts < 2**31
-
-
-def _table_length(library: NDArray[Any], config: BinningConfig) -> int:
-    """Counts below which a bin can change in some cell, and one more to be sure."""
-    if not len(library):
-        return 1
-    top = (2.0**config.top_bin - 1.0) * float(library.max()) / config.target_sum
-    return int(min(top, 2.0**40)) + 3
+def _smallest_count(library: NDArray[Any], edge: int, config: BinningConfig) -> NDArray[np.uint64]:
+    """Smallest count, 1 or more, that reaches an edge in each cell; as `bin_counts` compares."""
+    least = (2.0**edge - 1.0) * library.astype(np.float64)
+    count = np.minimum(np.ceil(least / config.target_sum), 2.0**62)
+    # The quotient was rounded; it may have passed a whole number in either direction.
+    count -= (count - 1.0) * config.target_sum >= least
+    count += count * config.target_sum < least
+    return np.maximum(count, 1.0).astype(np.uint64)

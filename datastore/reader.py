@@ -18,6 +18,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from datastore.buffers import BufferPool
+from datastore.storage import is_on_local_disk
 from datastore.store import CellStore
 
 GENES: Final = "X/indices"
@@ -136,13 +137,15 @@ class CellReader:
 
     Args:
         store: The store.
-        memory_map: Let a local file's pages be decoded where the kernel has them. It spares a copy,
-            and ends the process where an ordinary read would report a failing disk; switch it off
-            for network file systems.
+        memory_map: Let a file's pages be decoded where the kernel has them. It spares a copy, and
+            ends the process where an ordinary read would report that a file has become shorter or
+            out of reach; none does it on local disks only.
     """
 
-    def __init__(self, store: CellStore, memory_map: bool = True) -> None:
+    def __init__(self, store: CellStore, memory_map: bool | None = None) -> None:
         self._store = store
+        if memory_map is None:
+            memory_map = is_on_local_disk(store.storage)
         # Chunks are decoded once per pass over the store, so a cache would only cost memory.
         context: dict[str, Any] = {"cache_pool": {"total_bytes_limit": 0}}
         if memory_map:

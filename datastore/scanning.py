@@ -1,7 +1,9 @@
 """Looking at all sources before anything is written, and going on without the broken ones."""
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], l
     )
     listed = list_sources(config.sources)
     results = compute("scan", [(_scan_one, source, options) for source in listed])
-    sources = [result for result in results if isinstance(result, Source)]
+    sources = _with_shared_names([result for result in results if isinstance(result, Source)])
     broken = [result for result in results if isinstance(result, BrokenSource)]
     left_out: list[BrokenSource] = []
     if broken:
@@ -83,12 +85,26 @@ def usable(results: Sequence[Any]) -> list[Any]:
 
 def _scan_one(listed: ListedSource, options: ReadOptions) -> Source | BrokenSource:
     try:
-        return scan_listed(listed, options)
+        source = scan_listed(listed, options)
+        # Thousands of sources name the same genes: one text of each is enough.
+        return replace(source, genes=tuple(map(sys.intern, source.genes)))
     except OSError as error:
         text = f"{listed.path}: {error.strerror}" if error.strerror else str(error)
         return BrokenSource(str(listed.path), text)
     except ValueError as error:
         return BrokenSource(str(listed.path), str(error))
+
+
+def _with_shared_names(sources: Sequence[Source]) -> list[Source]:
+    """Let sources of equal genes share them, also if they were scanned in other processes."""
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    shared = []
+    for source in sources:
+        if source.genes not in known:
+            genes = tuple(map(sys.intern, source.genes))
+            known[genes] = genes
+        shared.append(replace(source, genes=known[source.genes]))
+    return shared
 
 
 def _refuse_repeats(sources: Sequence[Source]) -> None:

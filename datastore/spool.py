@@ -123,7 +123,8 @@ def read_block(path: Path, number: int) -> tuple[SpooledCells, PackedCells]:
         file.seek(blocks_start + int(width * start + kind.itemsize * first))
         # An array: NumPy asks for large pages, which a file's read() does not.
         block = np.empty(int(width * (stop - start) + kind.itemsize * (last - first)), np.uint8)
-        file.readinto(block.data)
+        if file.readinto(block.data) != len(block):
+            raise OSError(f"{path} is cut short; remove {path.parent.parent} and ingest again")
     packed = np.frombuffer(block, kind, last - first)
     values: dict[str, NDArray[Any]] = {}
     offset = packed.nbytes

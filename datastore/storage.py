@@ -25,6 +25,9 @@ SILENCE_SECONDS: Final = "60"
 """A transfer that stands still for so long counts as dropped."""
 _DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE")
 """Kinds of TensorStore's errors that speak of the bytes, and not of the way to them."""
+_LOCAL_FILE_SYSTEMS: Final = frozenset(
+    {"btrfs", "erofs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+)
 _PIECE: Final = 8 * 2**20
 _ADDRESS: Final = re.compile(r"(s3|gs|https?)://([^/?#]+)/?([^?#]*)")
 _ANY_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -255,3 +258,23 @@ def _damaged(where: str, error: Exception) -> StoreFormatError | None:
 
 def _first_line(error: Exception) -> str:
     return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())[:300]
+
+
+def is_on_local_disk(storage: Storage, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Tell whether a store lies on a file system of this machine, as far as the machine says.
+
+    Args:
+        storage: Where the store is.
+        mounts: The kernel's table of mounts; without one (macOS) nothing counts as local.
+    """
+    if not isinstance(storage, LocalFolder) or not mounts.is_file():
+        return False
+    folder = storage.path.resolve()
+    best, kind = -1, ""
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, point, found, *_ = line.split(" ")
+        mounted = Path(point.replace("\\040", " "))
+        # Of equal points the later one lies on top.
+        if folder.is_relative_to(mounted) and len(mounted.parts) >= best:
+            best, kind = len(mounted.parts), found
+    return kind in _LOCAL_FILE_SYSTEMS

@@ -97,7 +97,6 @@ def random_rows(rng: np.random.Generator, depth: float) -> tuple[Any, Any]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), counts
 
 
-@pytest.mark.parametrize("use_tables", [True, False])
 @pytest.mark.parametrize(
     "config",
     [
@@ -108,11 +107,7 @@ def random_rows(rng: np.random.Generator, depth: float) -> tuple[Any, Any]:
         pytest.param(BinningConfig(target_sum=96.0, top_bin=6), id="many at an edge"),
     ],
 )
-def test_tables_give_the_bins_of_exact_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, config: BinningConfig, use_tables: bool
-) -> None:
-    # Longer tables than these are not worth the memory of the test either.
-    monkeypatch.setattr(binning, "_tables_pay", lambda longest, *_: use_tables and longest < 2e6)
+def test_cells_get_the_bins_of_exact_arithmetic(config: BinningConfig) -> None:
     rng = np.random.default_rng(1)
     pool = BufferPool()
     for depth in (0.6, 3.0, 1000.0) * 4:
@@ -129,24 +124,7 @@ def test_tables_give_the_bins_of_exact_arithmetic(
         )
 
 
-def test_tables_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[int] = []
-
-    def recording(counts: NDArray[Any], *rest: Any) -> NDArray[np.uint8]:
-        called.append(len(counts))
-        return bin_counts(counts, *rest)
-
-    monkeypatch.setattr(binning, "bin_counts", recording)
-    counts = np.tile(np.arange(1, 11, dtype=np.uint16), 300)
-    one = bin_cells(np.array([0, 3000]), counts, BinningConfig())
-    assert called.pop() < 100  # 31 × 16,500 / 10,000 and a little more
-    many = bin_cells(np.arange(0, 3001, 2), counts, BinningConfig())
-    assert (called, set(many)) == ([3000], {5})
-    np.testing.assert_array_equal(one, bin_counts(counts, np.array([16_500]), BinningConfig()))
-
-
-def test_every_count_around_every_edge_gets_its_bin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binning, "_tables_pay", lambda *_: True)
+def test_every_count_around_every_edge_gets_its_bin() -> None:
     config = BinningConfig()
     for library in [*range(1, 40), 9_999, 10_000, 10_001, 30_000, 322_580]:
         edges = [-(-(2**edge - 1) * library // 10_000) for edge in range(1, 6)]

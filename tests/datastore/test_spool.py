@@ -80,3 +80,12 @@ def test_nothing_is_there_before_all_is_written(tmp_path: Path) -> None:
     )
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     assert len(read_block(tmp_path / "f", 0)[0]) == 6
+
+
+def test_a_file_cut_short_is_noticed(tmp_path: Path) -> None:
+    cells, packed = spooled()
+    none = np.empty(0, np.uint64)
+    write_spool(tmp_path / "f", cells, packed.cells(), [0, 30], TALLY, none, none.astype(np.int64))
+    (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-3])
+    with pytest.raises(OSError, match=r"f is cut short; remove .* and ingest again"):
+        read_block(tmp_path / "f", 0)

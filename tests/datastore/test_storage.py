@@ -12,7 +12,7 @@ import pytest
 
 from datastore import storage
 from datastore.reader import CellBlock, CellReader
-from datastore.storage import LocalFolder, RemoteFolder, open_storage
+from datastore.storage import LocalFolder, RemoteFolder, is_on_local_disk, open_storage
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import ArraySizes
 from datastore.verification import check_complete, verify_store
@@ -308,3 +308,26 @@ def test_a_server_that_falls_silent_counts_as_gone(store: CellStore, server: Fol
     )
     assert time.perf_counter() - started < 15.0  # the server is silent for 20 seconds
     assert "ConnectionError" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "local"),
+    [
+        ("/data/cells.zarr", True),
+        ("/data/lustre/cells.zarr", False),
+        ("/data/my disk/cells.zarr", True),
+        ("/home/me/cells.zarr", False),
+        ("/elsewhere/cells.zarr", True),
+    ],
+)
+def test_only_file_systems_of_this_machine_count_as_local(
+    folder: str, local: bool, tmp_path: Path
+) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "overlay / overlay rw 0 0\n/dev/sdb1 /data xfs rw 0 0\nmgs:/x /data/lustre lustre rw 0 0\n"
+        "/dev/sdc1 /data/my\\040disk ext4 rw 0 0\n/dev/sdd1 /home ext4 rw 0 0\n"
+        "server:/home /home nfs4 rw 0 0\n"
+    )
+    assert is_on_local_disk(LocalFolder(Path(folder)), mounts) is local
+    assert not is_on_local_disk(LocalFolder(Path(folder)), tmp_path / "no table")

@@ -69,6 +69,8 @@ def test_figures_of_the_page_are_those_of_the_benchmark() -> None:
         f"{later['ingest_seconds_per_1000_cells']:.2f} s for 1,000 cells |",
         f"| memory of the process that leads | {later['coordinator_gigabytes']:.0f} GB |",
         f"| store size | {later['store_gigabytes']:.0f} GB |",
-        f"| reading an epoch | {later['epoch_hours_of_two_ranks']:.1f} h |",
+        f"| reading an epoch, if the disk keeps up | {later['epoch_hours_of_two_ranks']:.2f} h |",
+        f"| memory of a worker at these sizes | "
+        f"{figures['ingest_of_whole_sizes']['worker_peak_mb']:,.0f} MB |",
     ):
         assert row in DOCUMENT, row
