@@ -34,7 +34,7 @@ def _main(argv: list[str] | None) -> int:
     from pretrain.train import pretrain
 
     try:
-        with stop_on_signals() as request, start_ranks(os.environ) as ranks:
+        with stop_on_signals(leaving=argv is None) as request, start_ranks(os.environ) as ranks:
             result = pretrain(config, ranks, request)
     except LostRankError as error:
         if error.is_first_to_tell():

@@ -27,15 +27,20 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Take SIGTERM (preemption, `scancel`) and SIGUSR1 (Slurm's `--signal`) as requests to stop."""
+def stop_on_signals(leaving: bool = False) -> Iterator[StopRequest]:
+    """Take SIGTERM (preemption, `scancel`) and SIGUSR1 (Slurm's `--signal`) as requests to stop.
+
+    Args:
+        leaving: The process ends right afterwards: ignore them from then on, so that a launcher
+            which ends all ranks with the first does not replace this rank's own exit code.
+    """
     request = StopRequest()
     former = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield request
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
 
 @contextmanager

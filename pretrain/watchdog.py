@@ -89,6 +89,7 @@ class Watchdog:
         self._interval = min(5.0, silence_seconds / 6)
         self._leave = leave or self._end_process
         self._beats, self._last = 0, time.monotonic()
+        self._publish(0)  # so that its host is known however early this rank falls silent
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
