@@ -100,6 +100,7 @@ def test_a_generation_is_added_and_nothing_else_changes(
     np.testing.assert_array_equal(dense_store(grown)[:70], dense_store(base))
 
 
+@pytest.mark.slow
 def test_each_generation_has_an_order_of_its_own(raw: list[list[str]], tmp_path: Path) -> None:
     """Two sets of equally many cells get other places, and other seeds other places again."""
     rows = []

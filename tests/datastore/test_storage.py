@@ -288,6 +288,7 @@ def test_a_server_that_is_not_there_is_named(
             open_store(address)
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_counts_as_gone(store: CellStore, server: FolderServer) -> None:
     server.fault = lambda path: "stall" if "/X/data/c/" in path else ""
     program = (

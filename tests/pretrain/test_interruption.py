@@ -96,6 +96,7 @@ def poison(ranks: Ranks, config: PretrainConfig, folder: Path) -> tuple[str, lis
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_all_ranks_save_and_stop_when_one_is_asked(tmp_path: Path) -> None:
     store = tiny_store(tmp_path / "store").path
     first, second = run_ranks(
@@ -112,6 +113,7 @@ def test_all_ranks_save_and_stop_when_one_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_all_ranks_stop_before_an_update_that_is_not_finite(tmp_path: Path) -> None:
     store = tiny_store(tmp_path / "store").path
     config = replace(tiny_config(store, tmp_path / "run"), save_every=2)
@@ -124,6 +126,7 @@ def test_all_ranks_stop_before_an_update_that_is_not_finite(tmp_path: Path) -> N
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     store = tiny_store(tmp_path / "store").path
     output = tmp_path / "run"

@@ -116,6 +116,16 @@ class Trainings:
         return read_export(self.folder / name / "export", "encoder").weights
 
 
+def zero_json(folder: Path, number: int, offload: bool = False, **more: Any) -> str:
+    """Write a DeepSpeed JSON of a ZeRO stage."""
+    zero: dict[str, Any] = {"stage": number}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    path = folder / f"zero{number}{'_offload' * offload}{'_'.join(more)}.json"
+    path.write_text(json.dumps({"zero_optimization": zero, **more}))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     folder = tmp_path_factory.mktemp("trainings")
@@ -134,12 +144,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         return replace(tiny_config(store, folder / name), **changes)
 
     def stage(number: int, **more: Any) -> str:
-        path = folder / f"zero{number}{'_'.join(more)}.json"
-        zero: dict[str, Any] = {"stage": number}
-        if more.pop("offload", False):
-            zero["offload_optimizer"] = {"device": "cpu"}
-        path.write_text(json.dumps({"zero_optimization": zero, **more}))
-        return str(path)
+        return zero_json(folder, number, **more)
 
     first = {
         "straight": config("straight"),
@@ -162,32 +167,20 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "continued": config("stopped"),
         "again": config("stopped"),
     }
-    elsewhere = {f"zero{number}": stage(number) for number in range(4)}
-    elsewhere["offload"] = stage(2, offload=True)
     on_two = {
-        "two_stopped_only": config("two_stopped_only", stop_after=3, deepspeed=stage(3)),
+        "two_zero3_stopped": config("two_zero3_stopped", stop_after=3, deepspeed=stage(3)),
         "two": config("two"),
         "two_zero3": config("two_zero3", deepspeed=stage(3)),
         "two_stopped": config("two_stopped", stop_after=3),
         "two_continued": config("two_stopped"),
         "weighted_on_two": config("weighted_stopped", data=TWICE_AS_ODD),
-        **{
-            f"grown_{name}": config(f"grown_{name}", deepspeed=json_path)
-            for name, json_path in elsewhere.items()
-        },
+        "grown": config("grown", deepspeed=stage(3)),
     }
     one = run_ranks(train_each, 1, folder, first)[0]
-    for name in elsewhere:
-        shutil.copytree(folder / "stopped", folder / f"grown_{name}")
+    for name in ("stopped_at_3", "grown"):
+        shutil.copytree(folder / "stopped", folder / name)
     one |= run_ranks(train_each, 1, folder, changed)[0]
     two = run_ranks(train_each, 2, folder, on_two)
-    for name in elsewhere:
-        shutil.copytree(folder / "two_stopped_only", folder / f"shrunk_{name}")
-    shrunk = {
-        f"shrunk_{name}": config(f"shrunk_{name}", deepspeed=json_path)
-        for name, json_path in elsewhere.items()
-    }
-    one |= run_ranks(train_each, 1, folder, shrunk)[0]
     return Trainings(folder, one, two)
 
 
@@ -430,23 +423,46 @@ class TestTwoRanks:
         one, other = trainings.export("two_stopped"), trainings.export("two")
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
-    @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "offload"])
-    @pytest.mark.parametrize("change", ["grown", "shrunk"])
-    def test_another_number_of_ranks_and_another_stage_continue(
-        self, change: str, name: str, trainings: Trainings
+    def test_two_ranks_continue_what_one_began_under_another_stage(
+        self, trainings: Trainings
     ) -> None:
-        """One rank under ZeRO 1 → two under any; two under ZeRO 3 → one under any."""
-        run = f"{change}_{name}"
-        ranks = [trainings.one] if change == "shrunk" else trainings.two
-        assert {rank[run].error for rank in ranks} == {""}
-        for metric in ("loss", "gradient_norm", "learning_rate"):
-            continued, straight = (trainings.series(n, metric) for n in (run, "straight"))
-            np.testing.assert_allclose(continued, straight, rtol=1e-6)
-        difference = largest_difference(trainings.export(run), trainings.export("straight"))
-        assert difference < 2e-6
-        seen = [p for rank in ranks for _, batch in rank[run].positions for p in batch]
-        after = trainings.one["straight"].positions[3 * 4 :]  # 4 micro-batches a step
-        assert sorted(seen) == sorted(p for _, batch in after for p in batch)
+        continues_as_if_nothing_had_happened("grown", trainings.two, trainings)
+
+
+def continues_as_if_nothing_had_happened(
+    run: str, ranks: list[dict[str, Outcome]], trainings: Trainings
+) -> None:
+    """Compare a run that moved elsewhere after 3 steps with the one that was never stopped."""
+    assert {rank[run].error for rank in ranks} == {""}
+    for metric in ("loss", "gradient_norm", "learning_rate"):
+        continued, straight = (trainings.series(n, metric) for n in (run, "straight"))
+        np.testing.assert_allclose(continued, straight, rtol=1e-6)
+    difference = largest_difference(trainings.export(run), trainings.export("straight"))
+    assert difference < 2e-6
+    seen = [p for rank in ranks for _, batch in rank[run].positions for p in batch]
+    after = trainings.one["straight"].positions[3 * 4 :]  # 4 micro-batches a step
+    assert sorted(seen) == sorted(p for _, batch in after for p in batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("began", "num_ranks"), [("stopped_at_3", 2), ("two_zero3_stopped", 1)])
+def test_any_number_of_ranks_continues_under_any_stage(
+    began: str, num_ranks: int, trainings: Trainings
+) -> None:
+    """One rank under ZeRO 1 → two under any stage; two under ZeRO 3 → one under any stage."""
+    folder = trainings.folder
+    stages = {f"zero{number}": zero_json(folder, number) for number in range(4)}
+    stages["offload"] = zero_json(folder, 2, offload=True)
+    runs = {f"{began}_{name}": path for name, path in stages.items()}
+    for run in runs:
+        shutil.copytree(folder / began, folder / run)
+    configs = {
+        run: tiny_config(folder / "store", folder / run, deepspeed=path)
+        for run, path in runs.items()
+    }
+    ranks = run_ranks(train_each, num_ranks, folder, configs)
+    for run in runs:
+        continues_as_if_nothing_had_happened(run, ranks, trainings)
 
 
 def test_a_straggler_is_named_after_three_windows(caplog: pytest.LogCaptureFixture) -> None:
