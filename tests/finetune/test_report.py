@@ -189,6 +189,7 @@ def test_score_table_is_aligned() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_umap_repeats_itself_and_takes_few_cells() -> None:
     x = np.random.default_rng(0).normal(size=(40, 6))
     x[:20] += 20

@@ -38,6 +38,7 @@ def test_readme_shows_set_up_first() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_readme_commands_run(tmp_path: Path) -> None:
     (tmp_path / "launchers").symlink_to(ROOT / "launchers")
