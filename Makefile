@@ -23,7 +23,7 @@ quickstart: $(STAMP)  ## real cells from raw files to labels, in minutes (ARGS="
 	$(VENV)/bin/python launchers/quickstart.py $(ARGS)
 
 test: $(STAMP)  ## the tests every change must pass (ARGS="-k masking" for some of them)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
