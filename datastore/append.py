@@ -20,7 +20,7 @@ from datastore.gene_tables import GeneTables, read_tables
 from datastore.generation import Generation, write_generation
 from datastore.genes import read_panel
 from datastore.plan import Plan
-from datastore.scanning import go_without, scan_sources
+from datastore.scanning import go_without, scan_sources, wants_processes
 from datastore.sources import BrokenSource, BrokenSources, Source
 from datastore.store import RECORDS, CellStore, open_store
 from datastore.store_writing import write_manifest
@@ -38,7 +38,7 @@ def append_store(config: StoreConfig) -> CellStore:
     """
     output = Path(config.output).absolute()
     open_store(output)  # before anything is made beside it
-    with locked(output, APPENDING) as work, workers(config) as compute:
+    with locked(output, APPENDING) as work, workers(config, wants_processes(config)) as compute:
         store = open_store(output)
         _refuse_other_panel(store, config)
         tables = read_tables(config.panel)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from datastore.plan import Plan, Shuffle
 from datastore.spool import read_digests
+from datastore.work_folder import unfinished
 from datastore.workers import Compute
 
 _CELLS_AT_ONCE: Final = 2**22
@@ -80,7 +81,10 @@ def _find_in_range(
     later, earlier = index[again], index[first[again]]
     if shuffle is not None:
         target = work / "duplicates" / f"range_{number:05d}.npy"
-        np.save(target, np.sort(shuffle.places(later)), allow_pickle=False)
+        beside = unfinished(target)
+        with beside.open("wb") as file:
+            np.save(file, np.sort(shuffle.places(later)), allow_pickle=False)
+        beside.replace(target)
     sources = np.searchsorted(first_index, np.stack([earlier, later]), side="right") - 1
     pairs, cells = np.unique(sources, axis=1, return_counts=True)
     return Counter({(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, cells, strict=True)})

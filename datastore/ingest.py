@@ -22,7 +22,7 @@ from datastore.generation import write_generation
 from datastore.genes import read_panel
 from datastore.panel_choice import choose_panel
 from datastore.plan import Plan
-from datastore.scanning import go_without, scan_sources
+from datastore.scanning import go_without, scan_sources, wants_processes
 from datastore.sources import BrokenSource, BrokenSources
 from datastore.store import MANIFEST, CellStore, open_store
 from datastore.store_writing import write_manifest, write_root
@@ -48,7 +48,7 @@ def build_store(config: StoreConfig) -> CellStore:
         OSError: If the disk is too small; what is finished is kept.
     """
     output = Path(config.output).absolute()  # a cluster's workers may stand in another folder
-    with locked(output, BUILDING) as work, workers(config) as compute:
+    with locked(output, BUILDING) as work, workers(config, wants_processes(config)) as compute:
         _restore_former(output)
         if not is_whole(work):
             _refuse_to_replace(output, config)

@@ -21,6 +21,7 @@ _HOW_FAST_AND_WHERE = (
     "output",
     "sources",
     "workers",
+    "processes",
     "scheduler",
     "slurm",
     "overwrite",

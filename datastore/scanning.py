@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from datastore.config import StoreConfig
 from datastore.genes import read_panel
@@ -16,6 +16,9 @@ from datastore.sources import BrokenSource, BrokenSources, Source, scan_listed
 from datastore.workers import Compute
 
 log = logging.getLogger(__name__)
+
+_LARGE_BYTES: Final = 64 * 10**6
+"""Sources of so many bytes take two workers about as long as starting processes does."""
 
 
 def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], list[BrokenSource]]:
@@ -43,6 +46,19 @@ def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], l
     _refuse_repeats(sources)
     _refuse_columns(sources, config)
     return sources, left_out
+
+
+def wants_processes(config: StoreConfig) -> bool:
+    """Tell whether several local workers are processes: as said, or if the sources are large."""
+    if config.processes is not None:
+        return config.processes
+    num_bytes = 0
+    for listed in list_sources(config.sources):
+        files = listed.path.rglob("*") if listed.path.is_dir() else [listed.path]
+        num_bytes += sum(file.stat().st_size for file in files if file.is_file())
+        if num_bytes >= _LARGE_BYTES:
+            return True
+    return False
 
 
 def go_without(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.packing import Packed, PackedCells
+from datastore.work_folder import unfinished
 
 _ROW: Final = 16
 """Bytes of a row of the table: where a block's cells and its packed counts begin."""
@@ -88,7 +89,7 @@ def write_spool(
     }
     starts = np.searchsorted(spooled.position, edges).astype("<i8")
     table = np.stack([starts, indptr[starts]], axis=1).astype("<i8")
-    beside = target.with_name(target.name + ".part")
+    beside = unfinished(target)
     with beside.open("wb", buffering=_BUFFER_BYTES) as file:
         file.write(json.dumps(header).encode() + b"\n")
         file.write(table.tobytes())

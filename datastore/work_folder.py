@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ _FOLDERS: Final = ("parts", "spool", "places", "duplicates", "store")
 _PLAN: Final = "plan.json"
 _WHOLE: Final = "whole.json"
 _NEEDED: Final = "needed.json"
+_UNFINISHED: Final = ".part"
 _SPOOL_BYTES: Final = 4  # per count
 _STORE_BYTES: Final = {"fast": 2.2, "archive": 1.6}  # per count; measured: 1.9 and 1.4
 _BYTES_PER_CELL: Final = 200  # name, place, hash and row
@@ -81,6 +83,7 @@ def start_or_continue(work: Path, plan: Plan, identity: dict[str, Any]) -> bool:
     same = has_plan(work, identity) and not (is_whole(work) and not (work / "store").exists())
     if same:
         log.info("continuing the unfinished ingest in %s", work)
+        _remove_unfinished(work)
     else:
         _remove_work(work)
         for name in _FOLDERS:
@@ -90,6 +93,14 @@ def start_or_continue(work: Path, plan: Plan, identity: dict[str, Any]) -> bool:
         write_json(work / _NEEDED, bytes_needed(plan))
         write_json(work / _PLAN, identity)
     return same
+
+
+def unfinished(target: Path) -> Path:
+    """Name what becomes `target` by a rename.
+
+    No name comes twice: a killed ingest's workers may live on for a moment, a cluster's for longer.
+    """
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex}{_UNFINISHED}")
 
 
 def has_plan(work: Path, identity: dict[str, Any]) -> bool:
@@ -127,6 +138,14 @@ def _remove_work(work: Path) -> None:
             shutil.rmtree(child)
     for name in (_NEEDED, _PLAN, _WHOLE):
         (work / name).unlink(missing_ok=True)
+
+
+def _remove_unfinished(work: Path) -> None:
+    for left in work.glob(f"*/*{_UNFINISHED}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _refuse_small_disk(work: Path, plan: Plan) -> None:

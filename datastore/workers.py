@@ -1,19 +1,25 @@
-"""Where an ingest's tasks run: local threads, a running Dask cluster, or Slurm jobs.
+"""Where an ingest's tasks run: local threads or processes, a running Dask cluster, or Slurm jobs.
 
-The only door to Dask. All three give the same function, and the store does not depend on which.
+The only door to Dask. All give the same function, and the store does not depend on which. Threads
+start at once, but most of a task holds the interpreter's lock: two hardly do more than one. So long
+ingests run in processes (`datastore.processes`).
 """
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from dask.threaded import get
+from dask.callbacks import Callback
+from dask.multiprocessing import get as get_on_processes
+from dask.threaded import get as get_on_threads
 from tqdm import tqdm
 
 from datastore.config import SlurmConfig
+from datastore.processes import Outcome, ProcessPool, attempt, attempt_in_worker
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +34,7 @@ class WorkerConfig(Protocol):
 
     @property
     def workers(self) -> int | None:
-        """Local threads; none takes one per core."""
+        """Local threads or processes; none takes one per core."""
 
     @property
     def scheduler(self) -> str | None:
@@ -40,8 +46,14 @@ class WorkerConfig(Protocol):
 
 
 @contextmanager
-def workers(config: WorkerConfig) -> Iterator[Compute]:
-    """Yield `compute(title, tasks)` for as long as the workers live."""
+def workers(config: WorkerConfig, processes: bool = False) -> Iterator[Compute]:
+    """Yield `compute(title, tasks)` for as long as the workers live.
+
+    Args:
+        config: How many, and where.
+        processes: Whether several local workers are processes rather than threads.
+    """
+    number = config.workers or os.cpu_count() or 1
     if config.slurm.jobs:
         with slurm_cluster(config.slurm) as cluster:
             cluster.scale(jobs=config.slurm.jobs)
@@ -51,8 +63,11 @@ def workers(config: WorkerConfig) -> Iterator[Compute]:
     elif config.scheduler is not None:
         with _client(config.scheduler) as compute:
             yield compute
+    elif processes and number > 1:
+        with ProcessPool(number) as pool:
+            yield partial(_on_processes, pool)
     else:
-        yield partial(_on_threads, config.workers or os.cpu_count() or 1)
+        yield partial(_on_threads, number)
 
 
 def slurm_cluster(config: SlurmConfig) -> Any:
@@ -70,7 +85,7 @@ def slurm_cluster(config: SlurmConfig) -> Any:
         ) from error
     return SLURMCluster(
         cores=config.cores,
-        processes=1,  # tasks release the interpreter's lock, and threads share what they import
+        processes=config.cores,  # most of a task holds the interpreter's lock
         memory=config.memory,
         walltime=config.walltime,
         queue=config.queue,
@@ -80,28 +95,46 @@ def slurm_cluster(config: SlurmConfig) -> Any:
 
 
 def _on_threads(num_threads: int, title: str, tasks: Sequence[Task]) -> list[Any]:
-    failures: list[Exception] = []
-    # A bar on standard error when somebody watches.
-    with tqdm(total=len(tasks), desc=title, unit="task", disable=None) as bar:
+    failed = threading.Event()
+    graph = _graph(title, tasks, partial(attempt, failed))
+    with _progress(title, len(tasks)):
+        return _results(get_on_threads(graph, list(graph), num_workers=num_threads))
 
-        def run(task: Task) -> Any:
-            if failures:
-                return None
-            try:
-                result = task[0](*task[1:])
-            except Exception as error:
-                # Dask would return at once and leave the other threads writing.
-                failures.append(error)
-                return None
+
+def _on_processes(pool: ProcessPool, title: str, tasks: Sequence[Task]) -> list[Any]:
+    graph = _graph(title, tasks, attempt_in_worker)
+    with _progress(title, len(tasks)), pool.losses_named():
+        found = get_on_processes(
+            graph, list(graph), pool=pool.executor, chunksize=1, optimize_graph=False
+        )
+    return _results(found)
+
+
+def _graph(
+    title: str, tasks: Sequence[Task], run: Callable[[Task], Outcome]
+) -> dict[str, tuple[Callable[[], Outcome]]]:
+    # partial keeps Dask from walking into the arguments in search of graph keys
+    return {f"{title} {number}": (partial(run, task),) for number, task in enumerate(tasks)}
+
+
+@contextmanager
+def _progress(title: str, num_tasks: int) -> Iterator[None]:
+    """Show a bar on standard error when somebody watches."""
+    with tqdm(total=num_tasks, desc=title, unit="task", disable=None) as bar:
+
+        def advance(*_: object) -> None:
             bar.update()
-            return result
 
-        # partial keeps Dask from walking into the arguments in search of graph keys
-        graph = {f"{title} {number}": (partial(run, task),) for number, task in enumerate(tasks)}
-        results = list(get(graph, list(graph), num_workers=num_threads))
-    if failures:
-        raise failures[0]
-    return results
+        with Callback(posttask=advance):
+            yield
+
+
+def _results(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Unpack the results of all tasks, or raise what the first that failed did."""
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.result for outcome in outcomes]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Pass 2: a partition gathers its cells from all spools and becomes an AnnData group."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,7 @@ from datastore.plan import Plan
 from datastore.spool import SpooledCells, read_block
 from datastore.store import write_json
 from datastore.store_writing import ArraySizes, digests_below, stream_partition
+from datastore.work_folder import unfinished
 from datastore.workers import Compute
 
 _CELLS_AT_ONCE: Final = 512
@@ -95,8 +97,9 @@ def _write_part(
     gathered = _in_order(blocks, dropped_places(work, start, stop))
     counts = int(gathered.indptr[-1])
     if len(gathered.cell):
+        beside = unfinished(target)
         stream_partition(
-            target,
+            beside,
             gathered.indptr,
             _pieces(packed, gathered),
             max(highest_count(cells) for cells in packed),
@@ -104,6 +107,8 @@ def _write_part(
             panel,
             sizes,
         )
+        shutil.rmtree(target, ignore_errors=True)  # of an ingest that was killed just here
+        beside.rename(target)
         write_json(part_record(work, number), digests_below(target))
     written = WrittenPart(number, len(gathered.cell), counts)
     write_json(note, vars(written))

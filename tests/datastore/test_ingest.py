@@ -25,6 +25,7 @@ from datastore import align_pass, ingest, spool, store_writing, write_pass
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
 from datastore.reader import CellReader
+from datastore.scanning import wants_processes
 from datastore.sources import OpenSource
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import write_manifest
@@ -227,6 +228,31 @@ def test_workers_and_places_do_not_change_a_byte(
         built = build_store(config)
         assert built.header.store_id == store.header.store_id
         assert file_bytes(built.path) == file_bytes(store.path)
+
+
+@pytest.mark.multiprocess
+def test_processes_build_the_same_store_and_leave_as_little(
+    tmp_path: Path, sources: list[str], store: CellStore
+) -> None:
+    config = store_config(sources, tmp_path / "s.zarr", processes=True)
+    assert file_bytes(build_store(config).path) == file_bytes(store.path)
+    bad = replace(bad_value(tmp_path), processes=True, output=str(tmp_path / "t.zarr"))
+    with pytest.raises(ValueError, match=r"bad\.h5ad.*not whole"):
+        build_store(bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.h5ad", "good.h5ad", "s.zarr"]
+
+
+def test_processes_are_for_large_sources(tmp_path: Path, sources: list[str]) -> None:
+    config = store_config(sources, tmp_path / "s.zarr")
+    assert not wants_processes(config)
+    assert wants_processes(replace(config, processes=True))
+    large = tmp_path / "large.h5ad"
+    large.write_bytes(Path(sources[0]).read_bytes())
+    with large.open("r+b") as file:
+        file.truncate(70_000_000)
+    config = replace(config, sources=[*sources, str(large)])
+    assert wants_processes(config)
+    assert not wants_processes(replace(config, processes=False))
 
 
 def test_relative_paths_are_as_good(
@@ -689,4 +715,22 @@ def test_an_ingest_killed_at_random_moments_ends_in_the_same_store(
             kills += 1
             workers = 3 - workers
         assert file_bytes(tmp_path / "s.zarr") == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_whose_leader_is_killed_end_in_the_same_store(
+    tmp_path: Path, sources: list[str], store: CellStore
+) -> None:
+    config = store_config(sources, tmp_path / "s.zarr", processes=True)
+    seconds = seconds_of(build_store, config)
+    rng = random.Random(1)
+    kills = 0
+    while kills < 6:
+        shutil.rmtree(tmp_path / "s.zarr")
+        # Its server of processes imports first, for about half of the time.
+        while not run_and_kill(build_store, config, after=rng.uniform(0.5, 1.2) * seconds):
+            kills += 1
+        assert file_bytes(tmp_path / "s.zarr") == file_bytes(store.path)
         assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]

@@ -74,6 +74,25 @@ def test_a_mistake_on_a_rerun_does_not_lose_the_work(
     assert (spooled.calls, written.calls) == (0, 2)
 
 
+def test_what_was_left_unfinished_goes_when_the_ingest_continues(
+    tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = store_config(sources, tmp_path / "s.zarr")
+    stop_at_writing(config, monkeypatch)
+    work = tmp_path / "s.zarr.building"
+    half = work_folder.unfinished(work / "spool" / "slice_00000_0000000000")
+    half.write_bytes(b"half")
+    part = work_folder.unfinished(work / "parts" / "dataset_2")
+    (part / "X").mkdir(parents=True)
+    continued = Stop(monkeypatch, ingest, "write_generation")
+    continued.at = 1
+    with pytest.raises(OSError, match="the disk is full"):
+        build_store(config)
+    assert not half.exists()
+    assert not part.exists()
+    assert len(list((work / "parts").glob("dataset_*.json"))) == 1  # what is finished stays
+
+
 def test_a_plan_that_is_refused_late_leaves_nothing(
     tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

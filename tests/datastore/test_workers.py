@@ -1,6 +1,8 @@
-"""Tasks run on threads, on a cluster, or in Slurm jobs, and stop together."""
+"""Tasks run on threads, in processes, on a cluster, or in Slurm jobs, and stop together."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,8 @@ import pytest
 
 from datastore.config import SlurmConfig, StoreConfig
 from datastore.workers import slurm_cluster, workers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**settings: Any) -> StoreConfig:
@@ -60,6 +64,100 @@ def test_after_a_failure_no_task_starts_and_those_running_end() -> None:
         assert len(ended) < 54
 
 
+def pid_and_double(number: int) -> tuple[int, int]:
+    time.sleep(0.02)
+    return os.getpid(), 2 * number
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_or_note(number: int, folder: Path) -> None:
+    if number % 10 == 1:
+        raise ValueError(f"task {number} is bad")
+    time.sleep(0.1)
+    (folder / str(number)).touch()
+
+
+@pytest.mark.multiprocess
+def test_processes_give_the_same_results_and_end_together(tmp_path: Path) -> None:
+    with workers(config(workers=2), processes=True) as compute:
+        found = compute("double", [(pid_and_double, n) for n in range(30)])
+        assert [result for _, result in found] == [2 * n for n in range(30)]
+        pids = {pid for pid, _ in found}
+        assert len(pids) == 2
+        assert os.getpid() not in pids
+        assert compute("nothing", []) == []
+        with pytest.raises(ValueError, match=r"task \d*1 is bad"):
+            compute("mixed", [(fail_or_note, n, tmp_path) for n in range(60)])
+        ended = sorted(tmp_path.iterdir())
+        time.sleep(0.3)
+        assert sorted(tmp_path.iterdir()) == ended
+        assert len(ended) < 54
+    wait_until_gone(pids, 10)
+
+
+@pytest.mark.multiprocess
+def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
+    with (
+        pytest.raises(ChildProcessError, match=r"a worker process was killed.*--workers 1"),
+        workers(config(workers=2), processes=True) as compute,
+    ):
+        compute("die", [(die if n == 3 else double, n) for n in range(20)])
+
+
+LEADER = """
+import time
+from datastore.workers import workers
+from tests.datastore.test_workers import config, pid_and_double
+
+if __name__ == "__main__":
+    with workers(config(workers=2), processes=True) as compute:
+        print(*{pid for pid, _ in compute("work", [(pid_and_double, n) for n in range(30)])})
+        print("ready", flush=True)
+        compute("work on", [(time.sleep, 600)] * 2)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_leads(tmp_path: Path, ending: signal.Signals) -> None:
+    script = tmp_path / "leader.py"
+    script.write_text(LEADER)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as leader:
+        assert leader.stdout is not None
+        pids = set(map(int, leader.stdout.readline().split()))
+        assert leader.stdout.readline() == "ready\n"
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+        time.sleep(0.2)  # both work by now
+        os.killpg(leader.pid, ending) if ending == signal.SIGINT else leader.kill()
+        leader.wait(20)
+        wait_until_gone(pids, 20)
+
+
+def wait_until_gone(pids: set[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} live on"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_cluster_gives_the_same_results() -> None:
     from dask.distributed import LocalCluster
 
@@ -91,7 +189,8 @@ def test_slurm_jobs_are_asked_for_as_stated() -> None:
         assert "#SBATCH --mem=12G" in script
         assert "#SBATCH -t 02:30:00" in script
         command = script[-1]
-        assert "--nthreads 6" in command
+        assert "--nthreads 1" in command
+        assert "--nworkers 6" in command
         assert "tcp://" in command
     with slurm_cluster(SlurmConfig(jobs=1)) as cluster:
         script = cluster.job_script().splitlines()
