@@ -8,10 +8,16 @@ state dict are those of performer-pytorch's `FastAttention`. (Choromanski et al.
 attention with performers", equations 5 to 7 and Lemma 1.)
 """
 
+import functools
+import logging
 import warnings
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from pretrain.favor_native import native_attention, unavailable
+from pretrain.favor_tiled import tiled_attention
 
 with warnings.catch_warnings():
     # performer-pytorch imports interfaces that Python and torch are about to drop.
@@ -23,10 +29,24 @@ with warnings.catch_warnings():
         gaussian_orthogonal_random_matrix,
     )
 
-__all__ = ["EPSILON", "FavorAttention", "Performer", "draw_projection", "favor_attention"]
+__all__ = [
+    "EPSILON",
+    "KERNELS",
+    "FavorAttention",
+    "Performer",
+    "draw_projection",
+    "favor_attention",
+]
 
 EPSILON = 1e-4
 """Added to every feature, relative to the largest; performer-pytorch's value."""
+
+KERNELS = ("auto", "native", "torch", "reference")
+"""Implementations: `native` is compiled for this CPU and takes bf16, `torch` works in tiles of the
+sequence, `reference` writes the whole feature maps down (to compare with), `auto` takes the first of
+these that can run."""
+
+_logger = logging.getLogger(__name__)
 
 
 class FavorAttention(FastAttention):  # type: ignore[misc]
@@ -36,37 +56,141 @@ class FavorAttention(FastAttention):  # type: ignore[misc]
         """Attend.
 
         Args:
-            q: Queries, (B, H, n, d).
+            q: Queries, (B, H, n, d), as performer-pytorch lays them out.
             k: Keys, (B, H, n, d).
             v: Values, (B, H, n, d).
 
         Returns:
             Attended values, (B, H, n, d).
         """
-        return favor_attention(q, k, v, self.projection_matrix)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return favor_attention(q, k, v, self.projection_matrix).transpose(1, 2)
 
 
 def favor_attention(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: float = EPSILON
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offsets: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    *,
+    kernel: str = "auto",
+    epsilon: float = EPSILON,
 ) -> Tensor:
-    """Approximate softmax(q kᵀ / √d) v in time linear in the length n.
+    """Approximate softmax(q kᵀ / √d) v within each cell, in time linear in its length.
+
+    Cells are either of one length, dense, or packed one behind the other with `offsets`.
 
     Args:
-        q: Queries, (B, H, n, d).
-        k: Keys, (B, H, n, d).
-        v: Values, (B, H, n, d).
+        q: Queries, (B, n, H, d); packed (Q, H, d).
+        k: Keys, (B, n, H, d); packed (tokens, H, d).
+        v: Values, as the keys.
         projection: Random directions, (m, d).
+        offsets: Packed cells: first token of each cell and their number at the end, int64 (B + 1,).
+        query_offsets: The same for the queries, if they are other positions than the keys'. A cell
+            may have no queries, but not no keys.
+        kernel: Which implementation, see `KERNELS`.
         epsilon: Added to each feature.
 
     Returns:
-        Attended values, (B, H, n, d), in the type of `v`.
+        Attended values in the shape of `q` and the type of `v`.
+
+    Raises:
+        ValueError: If shapes, offsets or the kernel's name do not fit.
     """
+    _check_shapes(q, k, v, projection, packed=offsets is not None)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}")
+    if offsets is None:
+        return _attend_dense(q, k, v, projection, kernel, epsilon)
+    lengths = _lengths(offsets, len(k), "offsets", least=1)
+    if query_offsets is None:
+        query_lengths = _lengths(offsets, len(q), "offsets", least=1)
+    else:
+        query_lengths = _lengths(query_offsets, len(q), "query_offsets", least=0)
+    if len(lengths) != len(query_lengths):
+        raise ValueError(
+            f"offsets tell of {len(lengths)} cells, query_offsets of {len(query_lengths)}"
+        )
+    kernel = _resolve(kernel, q, k, v)
+    if kernel == "native":
+        ends = offsets if query_offsets is None else query_offsets
+        return native_attention(q, k, v, projection, epsilon, offsets, ends)
+    cells = zip(q.split(query_lengths), k.split(lengths), v.split(lengths), strict=True)
+    function = tiled_attention if kernel == "torch" else _reference
+    attended = [function(a[None], b[None], c[None], projection, epsilon)[0] for a, b, c in cells]
+    return torch.cat(attended) if attended else q[:0].to(v.dtype)
+
+
+def _attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, kernel: str, epsilon: float
+) -> Tensor:
+    kernel = _resolve(kernel, q, k, v)
+    if kernel == "native":
+        packed = (x.flatten(0, 1) for x in (q, k, v))  # views, as a rule
+        offsets, ends = (torch.arange(len(q) + 1) * x.shape[1] for x in (k, q))
+        return native_attention(*packed, projection, epsilon, offsets, ends).view(q.shape)
+    function = tiled_attention if kernel == "torch" else _reference
+    return function(q, k, v, projection, epsilon)
+
+
+def _resolve(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The implementation to take; a native kernel that cannot run is refused, or passed over."""
+    if kernel not in ("auto", "native"):
+        return kernel
+    if torch.compiler.is_compiling():
+        return "torch"
+    problem = unavailable(q, k, v)
+    if problem is None:
+        return "native"
+    if kernel == "native":
+        raise ValueError(f"kernel is 'native', but {problem}; choose 'auto' or 'torch'")
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        _note_fallback(problem)
+    return "torch"
+
+
+@functools.cache
+def _note_fallback(problem: str) -> None:
+    _logger.info("attention runs without the native kernel: %s", problem)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, packed: bool) -> None:
+    layout = "(tokens, H, d)" if packed else "(B, n, H, d)"
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 - packed or k.ndim != q.ndim or k.shape != v.shape:
+        raise ValueError(f"{shapes}; give {layout}, keys and values of one shape")
+    if q.shape[-2:] != k.shape[-2:] or (not packed and len(q) != len(k)):
+        raise ValueError(f"{shapes}; cells, heads and their width must be the same")
+    if projection.ndim != 2 or projection.shape[1] != q.shape[-1]:
+        raise ValueError(
+            f"projection is {tuple(projection.shape)}; its directions need the heads' width, "
+            f"{q.shape[-1]}"
+        )
+    if not packed and not k.shape[1]:
+        raise ValueError("the cells have no keys; attention needs at least one token in each")
+
+
+def _lengths(offsets: Tensor, total: int, name: str, least: int) -> list[int]:
+    if offsets.ndim != 1 or not len(offsets) or offsets.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 of shape (B + 1,), got {tuple(offsets.shape)}")
+    ends = offsets.tolist()
+    lengths = [b - a for a, b in pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or (lengths and min(lengths) < 0):
+        raise ValueError(f"{name} must rise from 0 to the number of tokens, {total}")
+    if lengths and min(lengths) < least:
+        raise ValueError(f"{name} give cell {lengths.index(0)} no token; leave empty cells out")
+    return lengths
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: float) -> Tensor:
     # Exponents need float32: bf16 has no digits left at |k|²/2 of 30.
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.25
     directions = projection.to(wide).t() * scale  # (d, m)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, values = q.to(wide), k.to(wide), v.to(wide)
+        q, k, values = (x.to(wide).transpose(1, 2) for x in (q, k, v))  # (B, H, n, d)
         # |q|²/2 is the same for all features of a query and cancels in the normalization.
         exponent = q @ directions  # (B, H, n, m)
         query = torch.exp(exponent - exponent.amax(-1, keepdim=True).detach()) + epsilon
@@ -74,7 +198,7 @@ def favor_attention(
         key = torch.exp(exponent - exponent.amax((-1, -2), keepdim=True).detach()) + epsilon
         context = key.transpose(-1, -2) @ values  # (B, H, m, d)
         normalizer = query @ key.sum(-2).unsqueeze(-1)  # (B, H, n, 1)
-        return (query @ context / normalizer).to(v.dtype)
+        return (query @ context / normalizer).transpose(1, 2).to(v.dtype)
 
 
 def draw_projection(num_features: int, dim_head: int, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """FAVOR+ attention against a plain loop, performer-pytorch's own functions, and exact softmax."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +12,14 @@ from torch import Tensor
 from pretrain.favor import EPSILON, draw_projection, favor_attention
 
 B, H, N, D, M = 2, 3, 11, 8, 24
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: float = EPSILON, **options: Any
+) -> Tensor:
+    """Ours, head-major as performer-pytorch is."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return favor_attention(q, k, v, projection, epsilon=epsilon, **options).transpose(1, 2)
 
 
 def inputs(
@@ -54,10 +62,11 @@ def own_attention_of_performer_pytorch(
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
-def test_equals_a_loop_over_pairs_of_genes(scale: float) -> None:
+@pytest.mark.parametrize("kernel", ["auto", "torch", "reference"])
+def test_equals_a_loop_over_pairs_of_genes(kernel: str, scale: float) -> None:
     q, k, v, projection = inputs(scale)
 
-    ours = favor_attention(q, k, v, projection)
+    ours = attend(q, k, v, projection, kernel=kernel)
 
     expected = loop_attention(*(x.double().numpy() for x in (q, k, v, projection)))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-14)  # worst 2.7e-15
@@ -71,7 +80,7 @@ def test_equals_performer_pytorch_where_its_features_do_not_underflow(scale: flo
         for x in (q, k, v):
             x.requires_grad_()
 
-    a = favor_attention(*ours, epsilon=0.0)
+    a = attend(*ours, epsilon=0.0)
     b = own_attention_of_performer_pytorch(*theirs, eps=0.0)
     (a * weight).sum().backward()
     (b * weight).sum().backward()
@@ -88,7 +97,7 @@ def test_mean_over_many_directions_is_softmax_attention(scale: float) -> None:
 
     def error(num_draws: int) -> float:
         directions = torch.cat([draw_projection(256, D, seed) for seed in range(num_draws)])
-        ours = favor_attention(q, k, v, directions, epsilon=0.0)
+        ours = attend(q, k, v, directions, epsilon=0.0)
         return float((ours - exact).abs().mean() / exact.abs().mean())
 
     # Of the order of 1/sqrt(m). With performer-pytorch's own directions it stays at 0.03 and 0.06.
@@ -105,7 +114,7 @@ def test_large_inputs_are_neither_infinite_nor_uniform(norm: float) -> None:
     projection = draw_projection(266, 64, 0)  # the published shape
     uniform = v.mean(-2, keepdim=True).expand_as(v)
 
-    ours = favor_attention(q, k, v, projection)
+    ours = attend(q, k, v, projection)
 
     assert bool(ours.isfinite().all())
     deviation = float((ours - uniform).abs().mean())
@@ -134,8 +143,8 @@ def test_a_cell_does_not_depend_on_its_batch_mates(dtype: torch.dtype, tolerance
     q, k, v, projection = inputs(1.0, dtype)
     loud_q, loud_k, loud_v = (torch.cat([x, 40 * x]) for x in (q, k, v))
 
-    alone = favor_attention(q, k, v, projection)
-    together = favor_attention(loud_q, loud_k, loud_v, projection)[:B]
+    alone = attend(q, k, v, projection)
+    together = attend(loud_q, loud_k, loud_v, projection)[:B]
 
     torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
 
@@ -143,10 +152,10 @@ def test_a_cell_does_not_depend_on_its_batch_mates(dtype: torch.dtype, tolerance
 def test_bfloat16_inputs_are_computed_in_float32() -> None:
     q, k, v, projection = inputs(1.0, torch.bfloat16)
 
-    ours = favor_attention(q, k, v, projection)
+    ours = attend(q, k, v, projection, kernel="reference")
 
     assert ours.dtype == torch.bfloat16
-    wide = favor_attention(q.float(), k.float(), v.float(), projection)
+    wide = attend(q.float(), k.float(), v.float(), projection, kernel="reference")
     torch.testing.assert_close(ours, wide.bfloat16(), rtol=0, atol=0)
 
 
@@ -154,9 +163,9 @@ def test_autocast_does_not_reach_the_exponents() -> None:
     q, k, v, projection = inputs(1.0, torch.float32)
 
     with torch.autocast("cpu", torch.bfloat16):
-        ours = favor_attention(q, k, v, projection)
+        ours = attend(q, k, v, projection)
 
-    torch.testing.assert_close(ours, favor_attention(q, k, v, projection), rtol=0, atol=0)
+    torch.testing.assert_close(ours, attend(q, k, v, projection), rtol=0, atol=0)
 
 
 def test_gradients() -> None:
@@ -167,10 +176,91 @@ def test_gradients() -> None:
         x.requires_grad_()
 
     # With an epsilon the stabiliser matters, and its own gradient is left out on purpose.
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return favor_attention(q, k, v, projection, epsilon=0.0)
+    def without_epsilon(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, projection, epsilon=0.0)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert torch.autograd.gradcheck(without_epsilon, (q, k, v))
+
+
+class TestPacked:
+    LENGTHS: ClassVar[list[int]] = [4, 1, 7]
+
+    def test_equals_each_cell_alone(self) -> None:
+        q, k, v, projection = inputs(1.0)
+        q, k, v = (x.reshape(-1, H, D)[: sum(self.LENGTHS)] for x in (q, k, v))
+        offsets = torch.tensor([0, 4, 5, 12])
+
+        ours = favor_attention(q, k, v, projection, offsets)
+
+        cells = zip(*(x.split(self.LENGTHS) for x in (q, k, v)), strict=True)
+        alone = [favor_attention(a[None], b[None], c[None], projection)[0] for a, b, c in cells]
+        torch.testing.assert_close(ours, torch.cat(alone), rtol=0, atol=1e-15)
+
+    def test_queries_at_chosen_positions(self) -> None:
+        q, k, v, projection = inputs(1.0)
+        q, k, v = (x.reshape(-1, H, D)[: sum(self.LENGTHS)] for x in (q, k, v))
+        offsets, chosen = torch.tensor([0, 4, 5, 12]), torch.tensor([3, 5, 6, 11])
+
+        ours = favor_attention(q[chosen], k, v, projection, offsets, torch.tensor([0, 1, 1, 4]))
+
+        everywhere = favor_attention(q, k, v, projection, offsets)
+        torch.testing.assert_close(ours, everywhere[chosen], rtol=0, atol=1e-15)
+
+    def test_no_cells(self) -> None:
+        q = torch.zeros(0, H, D)
+
+        assert (
+            favor_attention(q, q, q, draw_projection(M, D, 0), torch.tensor([0])).shape == q.shape
+        )
+
+
+PACKED = {"offsets": [0, 3, 6]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        pytest.param(
+            (2, 6, H, D), {"kernel": "cuda"}, "kernel is 'cuda'; choose one of auto", id="kernel"
+        ),
+        pytest.param((2, 6, H, D), {"kernel": "native"}, "takes bfloat16, not float32", id="type"),
+        pytest.param((6, H, D), {}, r"give \(B, n, H, d\)", id="dense without cells"),
+        pytest.param((2, 6, H, D), PACKED, r"give \(tokens, H, d\)", id="packed with cells"),
+        pytest.param((2, 6, H, D + 1), {}, "need the heads' width, 9", id="width"),
+        pytest.param((2, 0, H, D), {}, "have no keys", id="dense without keys"),
+        pytest.param((6, H, D), {"offsets": [0, 3, 3, 6]}, "give cell 1 no token", id="empty cell"),
+        pytest.param((6, H, D), {"offsets": [0, 3, 7]}, "tokens, 6", id="too far"),
+        pytest.param((6, H, D), {"offsets": [0, 5, 3, 6]}, "must rise from 0", id="not rising"),
+        pytest.param((6, H, D), {"offsets": [[0, 6]]}, r"shape \(B \+ 1,\)", id="two-dimensional"),
+        pytest.param(
+            (6, H, D),
+            PACKED | {"query_offsets": [0, 6]},
+            "2 cells, query_offsets of 1",
+            id="other cells",
+        ),
+        pytest.param(
+            (6, H, D),
+            PACKED | {"query_offsets": [0, 1, 5]},
+            "query_offsets must rise",
+            id="queries",
+        ),
+    ],
+)
+def test_refusals(shape: tuple[int, ...], options: dict[str, Any], message: str) -> None:
+    x = torch.zeros(shape)
+    given: dict[str, Any] = {
+        key: torch.tensor(o) if "offsets" in key else o for key, o in options.items()
+    }
+
+    with pytest.raises(ValueError, match=message):
+        favor_attention(x, x, x, draw_projection(M, D, 0), **given)
+
+
+def test_refuses_other_heads_in_queries_than_keys() -> None:
+    q, k = torch.zeros(2, 5, H, D), torch.zeros(2, 5, H + 1, D)
+
+    with pytest.raises(ValueError, match="cells, heads and their width must be the same"):
+        favor_attention(q, k, k, draw_projection(M, D, 0))
 
 
 class TestDrawProjection:

@@ -1,0 +1,194 @@
+"""Tiles of the sequence against the whole feature maps in float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.favor import draw_projection, favor_attention
+from pretrain.favor_tiled import tiled_attention
+
+Shape = tuple[int, int, int, int]
+EPSILON = 1e-3
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    projection: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        q, k, v, grad = (x.to(dtype) for x in self[:4])
+        return Inputs(q, k, v, grad, self.projection)
+
+
+def inputs(shape: Shape, features: int, dtype: torch.dtype) -> Inputs:
+    """Queries, keys, values, a gradient, (B, n, H, d), and a projection."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+    return Inputs(q, k, v, grad, draw_projection(features, shape[-1], 0)).to(dtype)
+
+
+def with_gradients(given: Inputs, rows: int | None) -> list[Tensor]:
+    """Attended values and the gradients; `rows` of None stands for the whole feature maps."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in given[:3])
+    if rows is None:
+        out = favor_attention(q, k, v, given.projection, kernel="reference", epsilon=EPSILON)
+    else:
+        out = tiled_attention(q, k, v, given.projection, EPSILON, rows)
+    out.backward(given.grad)
+    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+
+def exact(given: Inputs) -> list[Tensor]:
+    """The same from the whole feature maps in float64."""
+    return with_gradients(given.to(torch.float64), None)
+
+
+def relative(ours: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Errors of values and gradients in the Euclidean norm."""
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        pytest.param((2, 50, 3, 8), 16, id="long cells"),
+        pytest.param((2, 50, 3, 8), 7, id="last tile is one row"),
+        pytest.param((5, 6, 3, 8), 20, id="cells share tiles"),
+        pytest.param((3, 20, 4, 8), 1000, id="one tile"),
+        pytest.param((1, 9, 2, 8), 1, id="tiles of one row"),
+    ],
+)
+class TestEqualsTheWholeMaps:
+    def test_in_float64(self, shape: Shape, rows: int) -> None:
+        given = inputs(shape, 24, torch.float64)
+
+        errors = relative(with_gradients(given, rows), exact(given))
+
+        assert len(errors) == 4
+        assert max(errors) < 1e-14  # worst 9e-16
+
+    def test_in_float32(self, shape: Shape, rows: int) -> None:
+        given = inputs(shape, 24, torch.float32)
+
+        assert max(relative(with_gradients(given, rows), exact(given))) < 2e-6  # worst 4.2e-7
+
+    def test_in_bfloat16(self, shape: Shape, rows: int) -> None:
+        given = inputs(shape, 24, torch.bfloat16)
+
+        assert max(relative(with_gradients(given, rows), exact(given))) < 0.02  # worst 9e-3
+
+
+def test_queries_at_other_positions() -> None:
+    given = inputs((2, 30, 3, 8), 24, torch.float64)
+    given = given._replace(q=given.q[:, :4], grad=given.grad[:, :4])
+
+    assert max(relative(with_gradients(given, 7), exact(given))) < 1e-14
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    q, k, v, _, projection = inputs((2, 5, 2, 4), 10, torch.float64)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # With an epsilon the stabiliser matters, and its own gradient is left out on purpose.
+        return tiled_attention(q, k, v, projection, 0.0, 3)
+
+    assert torch.autograd.gradcheck(attend, tuple(x.requires_grad_() for x in (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", [0.0, 8.0, 50.0])
+def test_large_inputs_stay_finite_and_right(norm: float, dtype: torch.dtype) -> None:
+    given = inputs((1, 100, 2, 64), 266, torch.float32)
+    q, k = (x / x.norm(dim=-1, keepdim=True) * norm for x in given[:2])
+    given = given._replace(q=q, k=k).to(dtype)
+
+    ours = with_gradients(given, 32)
+
+    assert all(bool(x.isfinite().all()) for x in ours)
+    # Exponents reach 150 at |q| = 50, where a bf16 product of directions is off by 0.2.
+    tolerance = {torch.float32: 3e-5, torch.bfloat16: 0.2}[dtype]
+    assert relative(ours, exact(given))[0] < tolerance
+
+
+def test_one_token_attends_to_itself() -> None:
+    q, k, v, _, projection = inputs((3, 1, 2, 8), 24, torch.float32)
+
+    torch.testing.assert_close(tiled_attention(q, k, v, projection, EPSILON), v)
+
+
+def test_keys_that_grow_along_the_cell() -> None:
+    given = inputs((1, 64, 2, 8), 24, torch.float64)
+    k = (
+        given.k * torch.linspace(6, 0.1, 64)[:, None, None]
+    )  # each tile has the largest exponent so far
+    given = given._replace(k=k)
+
+    assert max(relative(with_gradients(given, 4), exact(given))) < 1e-14
+
+
+def test_memory_does_not_grow_with_the_number_of_features() -> None:
+    """Ours keeps what is as long as the cell only in the width of the heads."""
+    q, k, v, _, projection = inputs((1, 5000, 1, 8), 400, torch.float32)
+    q.requires_grad_()
+    largest = 0
+
+    def note(x: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        tiled_attention(q, k, v, projection, EPSILON).sum().backward()
+
+    assert largest == q.numel()
+
+
+def test_autocast_and_the_precision_switch_are_left_alone() -> None:
+    given = inputs((1, 20, 2, 8), 24, torch.float32)
+    expected = with_gradients(given, 8)
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = with_gradients(given, 8)
+        with_gradients(given.to(torch.bfloat16), 8)
+
+    assert matmul.fp32_precision == before
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# torch.compile itself instantiates autograd.Function while it traces ours.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+def test_compiles_without_graph_breaks() -> None:
+    given = inputs((1, 12, 1, 8), 24, torch.float32)
+    q, k, v = (x.clone().requires_grad_() for x in given[:3])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")  # traces both passes, compiles no C++
+    def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tiled_attention(q, k, v, given.projection, EPSILON, 6)
+
+    out = compiled(q, k, v)
+    out.backward(given.grad)
+
+    ours = [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+    assert max(relative(ours, exact(given))) < 2e-6
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens() -> None:
+    q, k, v, _, projection = inputs((1, 100_000, 1, 64), 266, torch.float32)
+
+    ours = tiled_attention(q, k, v, projection, EPSILON)
+
+    few = torch.arange(0, 100_000, 9_973)
+    whole = favor_attention(
+        q[:, few].double(), k.double(), v.double(), projection, kernel="reference", epsilon=EPSILON
+    )
+    assert relative([ours[:, few]], [whole])[0] < 1e-5
