@@ -3,7 +3,7 @@
 1. `CellSampler` says which cells the next steps need.
 2. They are read together, in store order: neighbours in a lane's window lie in few blocks, so
    reads are long. Two arenas take turns: one is filled by TensorStore's threads while batches are
-   cut from the other.
+   cut from the other. A chunk that two windows share is decoded for the first of them.
 3. Each micro-batch is cut from its arena and given the form that was asked for: counts in CSR
    form, dense tokens, or the bins of expressed genes only.
 
@@ -17,10 +17,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from datastore.arenas import Arena, ArenaCells, CellBlock, ReadPlan
 from datastore.binning import bin_cells, to_dense, tokenize
 from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
-from datastore.reader import Arena, CellBlock, CellReader, PendingCells, ReadPlan
+from datastore.reader import CellReader, PendingCells
 from datastore.sampler import CellSampler
 
 Batch = TypeVar("Batch")
@@ -117,8 +118,7 @@ class CellLoader:
         return to_tokens(cells, self._num_genes, self._binning, self._pool)
 
     def _bins(self, cells: CellBlock) -> PackedBatch:
-        bins = bin_cells(cells.indptr, cells.counts, self._binning, self._pool)
-        return PackedBatch(cells.positions, cells.indptr, cells.genes, bins)
+        return to_bins(cells, self._binning, self._pool)
 
     def _dense(self, cells: CellBlock) -> NDArray[np.float32]:
         counts = self._pool.take(len(cells.counts), np.float32)
@@ -136,7 +136,7 @@ class CellLoader:
         while present is not None and pending is not None:
             cells = pending.result()
             arenas = arenas[::-1]
-            pending = self._start(following, arenas[0])
+            pending = self._start(following, arenas[0], cells)
             row = 0
             for step in present.steps:
                 batches = []
@@ -149,8 +149,10 @@ class CellLoader:
             # The next plan reads row starts, while what `following` needs is still being decoded.
             present, following = following, next(fills, None)
 
-    def _start(self, fill: _Fill | None, arena: Arena) -> PendingCells | None:
-        return None if fill is None else self._reader.start(fill.plan, arena)
+    def _start(
+        self, fill: _Fill | None, arena: Arena, former: ArenaCells | None = None
+    ) -> PendingCells | None:
+        return None if fill is None else self._reader.start(fill.plan, arena, former)
 
     def _fills(self, epoch: int, first_step: int) -> Iterator[_Fill]:
         """Cut the steps into groups that are read together, at whole multiples of their length."""
@@ -160,7 +162,8 @@ class CellLoader:
             stop = min(stop, self._sampler.steps_per_epoch)
             while True:
                 steps = self._sampler.plan(epoch, range(step, stop))
-                plan = self._reader.plan(np.concatenate([cells for of in steps for cells in of]))
+                positions = np.concatenate([cells for of in steps for cells in of])
+                plan = self._reader.plan(positions, with_tails=True)
                 if plan.num_values <= self._values_ahead or stop == step + 1:
                     break
                 stop = step + (stop - step) // 2
@@ -174,3 +177,11 @@ def to_tokens(
     """Tokenize cells as read."""
     tokens = tokenize(cells.indptr, cells.genes, cells.counts, num_genes, binning, pool)
     return TokenBatch(cells.positions, tokens)
+
+
+def to_bins(
+    cells: CellBlock, binning: BinningConfig, pool: BufferPool | None = None
+) -> PackedBatch:
+    """Bin the expressed genes of cells as read."""
+    bins = bin_cells(cells.indptr, cells.counts, binning, pool)
+    return PackedBatch(cells.positions, cells.indptr, cells.genes, bins)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from datastore.arenas import Arena, ArenaCells, ReadPlan
 from datastore.binning import tokenize
 from datastore.config import BinningConfig, OrderConfig
 from datastore.loader import CellLoader, TokenBatch
-from datastore.reader import Arena, CellReader, PendingCells, ReadPlan
+from datastore.reader import CellReader, PendingCells
 from datastore.sampler import CellOrder, CellSampler
 from datastore.store import CellStore, StoreFormatError
 from tests.support.cells import dense_store
@@ -94,13 +95,13 @@ class RecordingReader(CellReader):
         self.planned: list[int] = []
         self.started: list[int] = []
 
-    def plan(self, positions: NDArray[np.int64]) -> ReadPlan:
+    def plan(self, positions: NDArray[np.int64], with_tails: bool = False) -> ReadPlan:
         self.planned.append(len(positions))
-        return super().plan(positions)
+        return super().plan(positions, with_tails)
 
-    def start(self, plan: ReadPlan, arena: Arena) -> PendingCells:
+    def start(self, plan: ReadPlan, arena: Arena, former: ArenaCells | None = None) -> PendingCells:
         self.started.append(len(plan.positions))
-        return super().start(plan, arena)
+        return super().start(plan, arena, former)
 
 
 def test_one_read_is_ahead_of_the_one_in_use(store: CellStore) -> None:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from datastore import reader as reader_module
+from datastore.arenas import Arena, CellBlock
 from datastore.buffers import BufferPool
 from datastore.genes import GenePanel
-from datastore.reader import Arena, CellBlock, CellReader
+from datastore.reader import CellReader
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import (
     ArraySizes,

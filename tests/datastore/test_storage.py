@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from datastore import storage
-from datastore.reader import CellBlock, CellReader
+from datastore.arenas import CellBlock
+from datastore.reader import CellReader
 from datastore.storage import LocalFolder, RemoteFolder, is_on_local_disk, open_storage
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.store_writing import ArraySizes
