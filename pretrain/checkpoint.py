@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datastore.genes import GenePanel, write_panel
 from datastore.store import CellStore, file_digest, write_json
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
@@ -50,15 +51,18 @@ class TrainingState:
     """Checkpoint with the lowest held-out loss so far; it is kept."""
     best_loss: float | None = None
     """That loss, in nats per target."""
+    skipped_steps: int = 0
+    """Steps without an update, because something was not finite."""
 
 
 def identity(config: PretrainConfig, store: CellStore) -> dict[str, Any]:
     """Describe what may not change between a checkpoint and its continuation."""
     return {
         "store_id": store.header.store_id,
+        "panel_digest": store.panel.digest,
         "seed": config.seed,
         "data": asdict(config.data),
-        "encoder": asdict(config.encoder),
+        "encoder": config.encoder.architecture(),
         "gene2vec.vectors": _digest_of_vectors(config),
         "binning": asdict(config.binning),
         "masking": asdict(config.masking),
@@ -73,6 +77,14 @@ def identity(config: PretrainConfig, store: CellStore) -> dict[str, Any]:
 def _digest_of_vectors(config: PretrainConfig) -> str | None:
     vectors = config.gene2vec.vectors
     return None if vectors is None else file_digest(Path(vectors))
+
+
+def keep_panel(folder: Path, panel: GenePanel) -> None:
+    """Write the genes beside the checkpoints, so that they can be exported without the store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / "genes.txt.part"
+    write_panel(panel, beside)
+    beside.replace(folder / "genes.txt")
 
 
 def save_checkpoint(
@@ -119,15 +131,15 @@ def resume(
             named.
     """
     with ranks.failing_together():
-        step = _newest_whole(folder) if ranks.is_first else 0
+        step = newest_whole(folder) if ranks.is_first else 0
     step = int(ranks.sum([step])[0])
     if not step:
         return None
     chosen = folder / f"step_{step:08d}"
-    manifest = _read_manifest(chosen)
+    manifest = read_manifest(chosen)
     with ranks.failing_together():
         _require_same(chosen, manifest["identity"], who)
-    with _open_pieces(chosen, manifest["files"]) as tensors:
+    with open_pieces(chosen, manifest["files"]) as tensors:
         engine.write_state(tensors, int(manifest["optimizer_step"]))
     return TrainingState(**manifest["state"])
 
@@ -180,22 +192,22 @@ def _publish(
             shutil.rmtree(old)
 
 
-def _newest_whole(folder: Path) -> int:
-    """Step of the newest checkpoint that is whole, 0 without any; the others are named."""
+def newest_whole(folder: Path) -> int:
+    """Find the step of the newest whole checkpoint, 0 without any; the others are named."""
     for candidate in sorted(folder.glob("step_*"), reverse=True):
-        problem = _problem(candidate)
+        problem = checkpoint_problem(candidate)
         if problem is None:
             return int(candidate.name.removeprefix("step_"))
         log.warning("%s is skipped: %s", candidate, problem)
     return 0
 
 
-def _problem(candidate: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing."""
+def checkpoint_problem(candidate: Path) -> str | None:
+    """Say what is wrong with a checkpoint; none if nothing is."""
     if not (candidate / MANIFEST).is_file():
         return "it was not finished"
     try:
-        files = _read_manifest(candidate)["files"]
+        files = read_manifest(candidate)["files"]
     except ValueError as error:
         return str(error)
     for name, (size, digest) in files.items():
@@ -209,11 +221,16 @@ def _problem(candidate: Path) -> str | None:
     return None
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if digest != _digest(manifest):
         raise ValueError(f"{MANIFEST} is damaged")
@@ -235,8 +252,8 @@ def _require_same(checkpoint: Path, saved: Mapping[str, Any], who: Mapping[str, 
 
 
 @contextmanager
-def _open_pieces(checkpoint: Path, files: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
-    """Tensors of all files of a checkpoint by key, each read when it is asked for."""
+def open_pieces(checkpoint: Path, files: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
+    """Give the tensors of all files of a checkpoint by key, each read when it is asked for."""
     with ExitStack() as opened:
         where: dict[str, Any] = {}
         for name in files:

@@ -1,8 +1,8 @@
 """Knobs of pretraining: each is one field of one frozen record."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from datastore.config import BinningConfig, OrderConfig, SelectionConfig
 
@@ -25,8 +25,32 @@ class EncoderConfig:
     """Random features of the attention; none takes int(dim_head × ln dim_head), 266 for 64."""
     gene_embedding: Literal["none", "learned", "gene2vec"] = "learned"
     """What tells genes apart: nothing, a trained table, or frozen gene2vec vectors."""
+    expression: Literal["binned", "continuous"] = "binned"
+    """How expression is embedded: a row per bin (the published model), or rows mixed by how near
+    log2(1 + CP10k) is to each bin's learned centre."""
+    sequence: Literal["full", "expressed"] = "full"
+    """What the model sees of a cell: every gene of the panel (the published model), or only genes
+    of bin 1 or more, about ten times fewer; another model, that knows nothing of absent genes."""
+    num_zeros: int = 0
+    """Genes of bin 0 that each cell shows besides in pretraining, drawn anew each epoch (only with
+    `sequence` expressed)."""
+    attention: Literal["stable", "published"] = "stable"
+    """Numerics of the attention: ours, or those of the published code, whose features can sink to
+    a constant, for weights that were trained with them (`scbert export x.pth`)."""
+    kernel: Literal["auto", "native", "torch", "reference"] = "auto"
+    """What computes the attention: the fastest that runs here, compiled C++ for CPUs, PyTorch in
+    tiles, or the formula as it is written."""
+    checkpointing: bool = False
+    """Keep only the states between blocks and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
+        if self.num_zeros < 0:
+            raise ValueError(f"encoder.num_zeros is {self.num_zeros}; give 0 or more")
+        if self.num_zeros and self.sequence == "full":
+            raise ValueError(
+                f"encoder.num_zeros is {self.num_zeros}, but encoder.sequence is full and shows "
+                "every gene; choose expressed, or leave num_zeros out"
+            )
         for name in ("dim", "depth", "heads", "dim_head", "ff_mult"):
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder.{name} is {getattr(self, name)}; give 1 or more")
@@ -43,6 +67,14 @@ class EncoderConfig:
         if self.num_features is not None:
             return self.num_features
         return int(self.dim_head * math.log(self.dim_head))
+
+    def architecture(self) -> dict[str, Any]:
+        """All fields that belong to the model, without those that say how to compute it."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("kernel", "checkpointing")
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +111,24 @@ class BatchConfig:
     """Cells per optimizer step over all ranks (scBERT: 3 × 60 × 32)."""
     micro_size: int = 3
     """Cells in one forward pass on one rank."""
+    tokens: int | None = None
+    """Most genes in one forward pass on one rank, in place of `micro_size`, with
+    `encoder.sequence` expressed; a cell that has more goes alone. None counts cells."""
 
     def __post_init__(self) -> None:
         if self.global_size < 1 or self.micro_size < 1:
             raise ValueError("batch.global_size and batch.micro_size must be 1 or more")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"batch.tokens is {self.tokens}; give 1 or more, or leave it out")
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and step.
+        """Micro-batches per rank and step; with `tokens` 1, which is cut by their number later.
 
         Raises:
             ValueError: If the global batch cannot be dealt evenly.
         """
+        if self.tokens is not None:
+            return 1
         cells = self.micro_size * world_size
         if self.global_size % cells:
             nearest = self.global_size // cells * cells or cells
@@ -186,12 +225,21 @@ class PretrainConfig:
     """At most this many of the held-out cells are evaluated each time."""
     evaluate_every: int = 500
     """Steps between evaluations on held-out cells; one more ends the training."""
+    attention_health: bool = False
+    """Log at each evaluation, for every block, the share of key features that lie below the floor
+    and the entropy of the mean attention (1: all positions alike), from each rank's first batch."""
     save_every: int = 500
     """Steps between checkpoints; one more ends the training."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
     log_every: int = 10
     """Steps between log lines."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: stop before the update, or leave the step out."""
+    max_skipped_steps: int = 10
+    """With `on_nonfinite skip`: one more such step in the whole training stops it all the same."""
+    check_ranks_every: int = 0
+    """Steps between comparisons of all ranks' weights and projections, bit by bit; 0 never."""
     watchdog_minutes: float = 10.0
     """End a training of several ranks after so many minutes without progress, naming the rank and
     host that holds up the others; 0 leaves that to the process group, after half an hour."""
@@ -215,8 +263,14 @@ class PretrainConfig:
             )
         if not self.watchdog_minutes >= 0:
             raise ValueError(f"watchdog_minutes is {self.watchdog_minutes}; give 0 (off) or more")
-        if self.redraw_every < 0:
-            raise ValueError(f"redraw_every is {self.redraw_every}; give 0 (never) or more")
+        for name in ("redraw_every", "check_ranks_every", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 (never) or more")
+        if self.batch.tokens is not None and self.encoder.sequence == "full":
+            raise ValueError(
+                f"batch.tokens is {self.batch.tokens}, but encoder.sequence is full and all cells "
+                "are equally long: set batch.micro_size, or encoder.sequence expressed"
+            )
         if self.encoder.gene_embedding == "gene2vec" and self.gene2vec.vectors is None:
             raise ValueError(
                 "encoder.gene_embedding is gene2vec: name the files with --gene2vec.vectors X.npy "

@@ -80,12 +80,26 @@ class Ranks:
         values[self.rank] = value
         return self.sum(values)
 
+    def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
+        """Bring together as many numbers of each rank, exact up to 2⁵³; one row for each rank."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.zeros_like(own) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(rows, own)
+        else:
+            rows = [own]
+        return [row.tolist() for row in rows]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Bring together a text of each rank, in their order; slow, for what happens rarely."""
+        codes = [float(code) for code in text.encode()]
+        longest = max(1, int(max(self.gather(float(len(codes))))))
+        rows = self.gather_rows([*codes, *([0.0] * (longest - len(codes)))])
+        return [bytes(int(code) for code in row if code).decode() for row in rows]
+
     def hosts(self) -> list[str]:
         """Bring together the name of each rank's host, in their order."""
-        names = [socket.gethostname()] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(names, socket.gethostname())
-        return names
+        return self.gather_texts(socket.gethostname())
 
     def open_store(self, timeout_seconds: float = 5.0) -> dist.TCPStore:
         """Open a connection of one's own to the store where the ranks met.

@@ -1,75 +1,182 @@
-"""The shared encoder: tokens and gene embedding → Performer → one state per gene.
+"""The shared encoder: expression and gene embedding → Performer → one state per position.
 
-performer-pytorch builds the blocks; its attention is replaced in place by `pretrain.favor`, which
-keeps the parameters and their names.
+performer-pytorch builds the blocks and names their parameters; `pretrain.block` runs them. Cells
+are packed, one behind the other without padding, so that they may have any length:
+
+- `encoder.sequence: full`, the published model: every gene of the panel, then a constant position.
+- `expressed`: the genes of bin 1 or more, those that are hidden, perhaps a sample of the others,
+  then the constant position.
 """
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from datastore.config import BinningConfig
 from datastore.randomness import derive_key
+from pretrain.block import build_blocks
 from pretrain.config import EncoderConfig
-from pretrain.favor import FavorAttention, Performer, draw_projection
+from pretrain.embedding import EXPRESSIONS
+from pretrain.favor import draw_projection
+from pretrain.sequence import check_packed, check_read, check_whole
 
 
 class ExpressionEncoder(nn.Module):
     """Performer over the genes of a cell (Yang et al. 2022, Fig. 1b).
 
-    One constant position follows the genes, as in the published model (16,906 genes + 1).
+    One constant position follows the genes, as in the published model (16,906 genes + 1); it is
+    position `num_genes`, with token 0.
+
+    Args:
+        config: Shape.
+        binning: Vocabulary.
+        num_genes: Length of the panel, G.
+        gene_vectors: What the gene table begins with, (G, D); the constant position gets zeros.
     """
 
-    def __init__(self, config: EncoderConfig, binning: BinningConfig, num_genes: int) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        binning: BinningConfig,
+        num_genes: int,
+        gene_vectors: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.binning = binning
         self.num_genes = num_genes
-        self.expression = nn.Embedding(binning.num_tokens, config.dim)
+        self.expression = EXPRESSIONS[config.expression](binning, config.dim)
         self.genes: nn.Embedding | None = None
         if config.gene_embedding != "none":
-            self.genes = nn.Embedding(num_genes + 1, config.dim)
+            table = None
+            if gene_vectors is not None:  # at construction: ZeRO 3 cuts the table right after it
+                table = nn.functional.pad(gene_vectors, (0, 0, 0, 1)).to(self.expression.weight)
+            self.genes = nn.Embedding(num_genes + 1, config.dim, _weight=table)
             self.genes.weight.requires_grad_(config.gene_embedding == "learned")
-        self.performer = Performer(
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            dim_head=config.dim_head,
-            ff_mult=config.ff_mult,
-            nb_features=config.features,
-            qkv_bias=False,
-            attn_out_bias=True,
-            auto_check_redraw=False,  # redrawn by step number, see redraw_projections
-        )
-        for attention in self._attentions():
-            attention.__class__ = FavorAttention  # same buffers and parameters, other forward
+        self.performer = build_blocks(config)
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Encode cells.
+    def forward(self, tokens: Tensor, read: Tensor | None = None) -> Tensor:
+        """Encode cells given as one token for each gene of the panel.
+
+        An encoder of expressed genes encodes those alone; the others' states are zeros.
 
         Args:
-            tokens: Expression bins or mask tokens, integers of shape (B, G).
+            tokens: Expression bins or mask tokens, integers of shape (B, G); a continuous encoder
+                takes values, see `ContinuousExpression`.
+            read: Positions whose states are wanted, `cell × (G + 1) + gene` in rising order, int64
+                (T,); none wants all. Only with the full sequence.
 
         Returns:
-            States, (B, G + 1, D); B may be 0.
+            States, (B, G + 1, D); B may be 0. With `read`, (T, D).
 
         Raises:
-            ValueError: If the number of genes is not the model's.
+            ValueError: If the number of genes, a token or a position is not the model's.
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.num_genes:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; the encoder knows {self.num_genes} genes"
             )
+        if self.config.sequence == "expressed":
+            if read is not None:
+                raise ValueError("an encoder of expressed genes reads positions in encode() only")
+            return self._scattered(tokens)
         if not len(tokens):
-            # A rank without cells in a short last batch: performer-pytorch cannot attend over none,
-            # and every weight must take part in the backward pass. Encode one cell and drop it.
-            return self.forward(tokens.new_zeros(1, self.num_genes))[:0]
-        tokens = nn.functional.pad(tokens.long(), (0, 1))  # the constant position
-        x = self.expression(tokens)  # (B, G + 1, D)
+            # A rank without cells in a short last batch: every weight must take part in the
+            # backward pass all the same. Encode one cell and drop it.
+            states = self.forward(tokens.new_zeros(1, self.num_genes), read)
+            return states[:0]
+        self.expression.check(tokens)
+        length = self.num_genes + 1
+        check_read(read, len(tokens) * length)
+        x = self.expression(nn.functional.pad(tokens, (0, 1)))  # (B, G + 1, D)
         if self.genes is not None:
-            x = x + self.genes(torch.arange(self.num_genes + 1, device=x.device))
-        states: Tensor = self.norm(self.performer(x))
+            x = x + self.genes(torch.arange(length, device=x.device))
+        offsets = torch.arange(len(tokens) + 1, device=x.device) * length
+        states = self._blocks(x.flatten(0, 1), offsets, read)
+        return states if read is not None else states.view(x.shape)
+
+    def encode(
+        self, genes: Tensor, tokens: Tensor, offsets: Tensor, read: Tensor | None = None
+    ) -> Tensor:
+        """Encode packed cells: each one's genes in any order, then its constant position.
+
+        Args:
+            genes: Panel position of each token, or G for the constant position; int64 (n,).
+            tokens: Expression bins or mask tokens, integers (n,); values if continuous.
+            offsets: First token of each cell, and n at the end; int64 (B + 1,).
+            read: Tokens whose states are wanted, in rising order, int64 (T,); none wants all.
+
+        Returns:
+            States, (n, D), or (T, D) with `read`; B, n and T may be 0.
+
+        Raises:
+            ValueError: If a gene or token is out of range, the parts do not fit each other, a cell
+                has no position, or not all genes although `encoder.sequence` is full.
+        """
+        if not len(tokens) and len(offsets) == 1:  # no cells, as in `forward`
+            genes, tokens = genes.new_full((1,), self.num_genes), tokens.new_zeros(1)
+            return self._packed(genes, tokens, offsets.new_tensor([0, 1]), read)[:0]
+        self.expression.check(tokens)
+        check_packed(genes, tokens, offsets, self.num_genes)
+        if self.config.sequence == "full":
+            check_whole(offsets, self.num_genes)
+        check_read(read, len(tokens))
+        return self._packed(genes, tokens, offsets, read)
+
+    def _packed(
+        self, genes: Tensor, tokens: Tensor, offsets: Tensor, read: Tensor | None
+    ) -> Tensor:
+        x = self.expression(tokens)  # (n, D)
+        if self.genes is not None:
+            x = x + self.genes(genes)
+        return self._blocks(x, offsets, read)
+
+    def _scattered(self, tokens: Tensor) -> Tensor:
+        """Encode the tokens that are not 0, and spread their states over (B, G + 1, D)."""
+        tokens = nn.functional.pad(tokens, (0, 1))
+        present = tokens != 0
+        present[:, -1] = True
+        offsets = nn.functional.pad(present.sum(1).cumsum(0), (1, 0))
+        genes = present.nonzero()[:, 1]
+        packed = self.encode(genes, tokens[present], offsets)
+        states = packed.new_zeros(*tokens.shape, packed.shape[-1])
+        return states.masked_scatter(present.unsqueeze(-1), packed)
+
+    def _blocks(self, x: Tensor, offsets: Tensor, read: Tensor | None) -> Tensor:
+        """Run the blocks over packed embeddings; the last one only where somebody reads."""
+        if read is not None and not len(read):  # nobody reads, but every weight takes part
+            return self._blocks(x, offsets, offsets[:1])[:0]
+        read_offsets = None if read is None else torch.searchsorted(read, offsets)
+        for block in self.blocks[:-1]:
+            x = self._run(block, x, offsets)
+        states: Tensor = self.norm(self._run(self.blocks[-1], x, offsets, read, read_offsets))
         return states
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        read: Tensor | None = None,
+        read_offsets: Tensor | None = None,
+    ) -> Tensor:
+        if not (self.config.checkpointing and torch.is_grad_enabled()):
+            plain: Tensor = block(x, offsets, read, read_offsets)
+            return plain
+        # Nothing in a block is random. ZeRO 3 takes the weights away between forward and backward,
+        # so that their shapes say nothing of whether the same was computed again.
+        again: Tensor = checkpoint(
+            block,
+            *(x, offsets, read, read_offsets),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            determinism_check="none",
+        )
+        return again
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -77,16 +184,13 @@ class ExpressionEncoder(nn.Module):
         layers: nn.ModuleList = self.performer.net.layers
         return layers
 
-    def _attentions(self) -> list[nn.Module]:
-        return [block[0].fn.fast_attention for block in self.performer.net.layers]
-
     def redraw_projections(self, seed: int, number: int) -> None:
         """Set the random features to draw `number` of a seed: the same on every rank, any time."""
         with torch.no_grad():
-            for layer, attention in enumerate(self._attentions()):
+            for layer, (attention, _) in enumerate(self.performer.net.layers):
                 key = derive_key(seed, "projection", layer, number) >> 1  # torch takes 63 bits
                 drawn = draw_projection(self.config.features, self.config.dim_head, key)
-                attention.projection_matrix.copy_(drawn)  # type: ignore[operator]
+                attention.fn.fast_attention.projection_matrix.copy_(drawn)
 
     def weights(self) -> dict[str, Tensor]:
         """State dict without performer-pytorch's second listing of every weight."""
@@ -122,6 +226,7 @@ def build_encoder(
     num_genes: int,
     seed: int,
     gene_vectors: Tensor | None = None,
+    construction: AbstractContextManager[Any] | None = None,
 ) -> ExpressionEncoder:
     """Build an encoder with seeded weights and projections.
 
@@ -131,16 +236,12 @@ def build_encoder(
         num_genes: Length of the panel, G.
         seed: Same seed, same weights, on every rank.
         gene_vectors: gene2vec vectors in panel order, (G, D); the constant position gets zeros.
+        construction: Entered while the modules are made, such as `deepspeed.zero.Init`, which cuts
+            each weight as soon as it is there; projections are drawn outside, in float32.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(seed, "weights") >> 1)
-        encoder = ExpressionEncoder(config, binning, num_genes)
-        nn.init.normal_(encoder.expression.weight)
-        if encoder.genes is not None:
-            nn.init.normal_(encoder.genes.weight)
-    if gene_vectors is not None and encoder.genes is not None:
-        with torch.no_grad():
-            encoder.genes.weight.zero_()
-            encoder.genes.weight[:num_genes] = gene_vectors
+        with construction or nullcontext():
+            encoder = ExpressionEncoder(config, binning, num_genes, gene_vectors)
     encoder.redraw_projections(seed, 0)
     return encoder

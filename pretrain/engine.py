@@ -88,10 +88,17 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         **extra,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
-        "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
+        "gradient_accumulation_steps": _accumulation_steps(config, world_size),
         "gradient_clipping": config.optim.clip_norm,
         "steps_per_print": 2**31,
     }
+
+
+def _accumulation_steps(config: PretrainConfig, world_size: int) -> int:
+    # Cut by tokens, the micro-batches of a step differ in number and `backward` is told the last
+    # one; all that DeepSpeed must know is that there may be several.
+    steps = config.batch.accumulation_steps(world_size)
+    return steps if config.batch.tokens is None else 2
 
 
 def require_compiler(which: Callable[[str], str | None] = shutil.which) -> None:
@@ -140,11 +147,15 @@ class TrainingEngine:
             betas=(optim.beta1, optim.beta2),
             weight_decay=optim.weight_decay,
         )
+        # In bf16 without ZeRO DeepSpeed makes a trial update, which Adam would count and decay by.
+        self._skipping = True
+        optimizer.register_step_pre_hook(self._forget_gradients)
         self._engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=optimizer,
             config=deepspeed_config(config, ranks.world_size, extra),
         )
+        self._skipping = False
         self._gather = deepspeed.zero.GatheredParameters
         self._state = FullState(self._engine)
         # DeepSpeed divides by both; our loss is already divided by the global number of targets.
@@ -157,7 +168,7 @@ class TrainingEngine:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_hook(self._look_at)
-        self._undo = ranks.world_size * config.batch.accumulation_steps(ranks.world_size)
+        self._undo = ranks.world_size * _accumulation_steps(config, ranks.world_size)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the model forward."""
@@ -170,8 +181,16 @@ class TrainingEngine:
         model: nn.Module = self._engine.module
         return model
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss: over ranks and micro-batches of a step, a plain sum."""
+    def backward(self, loss: Tensor, is_last: bool | None = None) -> None:
+        """Add the gradient of a loss: over ranks and micro-batches of a step, a plain sum.
+
+        Args:
+            loss: Of a micro-batch.
+            is_last: Whether the step ends with it, the same on all ranks; none counts to
+                `batch.accumulation_steps`.
+        """
+        if is_last is not None:
+            self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self._undo)
 
     def _look_at(self, gradient: Tensor) -> None:
@@ -182,8 +201,21 @@ class TrainingEngine:
         """Tell whether all gradients since the last update were finite, on this rank."""
         return bool(torch.isfinite(self._poison))
 
-    def step(self, learning_rate: float) -> None:
-        """Count a micro-batch; at the last of a step, clip and update."""
+    def _forget_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Let an update that is skipped change nothing: Adam passes over what has no gradient."""
+        if self._skipping:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.grad = None
+
+    def step(self, learning_rate: float, update: bool = True) -> None:
+        """Count a micro-batch; at the last of a step, clip and update.
+
+        Args:
+            learning_rate: Of this step.
+            update: Without it weights and moments stay, and the step's gradients are dropped.
+        """
+        self._skipping = not update
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         # Without ZeRO and in float32 DeepSpeed clips but keeps no norm: take it here, just before.
@@ -191,6 +223,8 @@ class TrainingEngine:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
             self._norm = float(norm)
         self._engine.step()
+        if not update:
+            self._poison.zero_()
 
     @property
     def gradient_norm(self) -> float:

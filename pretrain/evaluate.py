@@ -5,17 +5,18 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from datastore.loader import TokenBatch
+from datastore.loader import PackedBatch, TokenBatch
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
-from pretrain.masking import commonest_bins, mask_tokens
-from pretrain.objective import to_tensors
+from pretrain.health import HealthRecord, health_metrics, observed
+from pretrain.masking import commonest_bins, mask_batch
+from pretrain.objective import model_of, to_tensors
 
 
 def evaluate(
     engine: TrainingEngine,
-    batches: Iterable[TokenBatch],
+    batches: Iterable[TokenBatch | PackedBatch],
     config: PretrainConfig,
     ranks: Ranks,
 ) -> dict[str, float]:
@@ -25,23 +26,27 @@ def evaluate(
 
     Returns:
         validation_loss (nats per target), validation_masked_accuracy,
-        validation_commonest_bin_accuracy; empty if there are no targets at all.
+        validation_commonest_bin_accuracy; empty if there are no targets at all. With
+        `attention_health` those of `pretrain.health` as well.
     """
     engine.train(False)
+    encoder = model_of(engine).encoder
+    health = HealthRecord(config.encoder.depth)
     sums = np.zeros(4)
     with torch.no_grad():
-        for batch in batches:
-            masked = mask_tokens(
-                batch.tokens, batch.positions, config.seed, -1, config.masking, config.binning
-            )
-            loss, correct = engine(*to_tensors(masked, ranks.device))
+        for number, batch in enumerate(batches):
+            masked = mask_batch(batch, -1, config, encoder.num_genes)
+            is_looked_at = config.attention_health and number == 0 and len(batch.positions) > 0
+            with observed(encoder, health if is_looked_at else None):
+                loss, correct = engine(*to_tensors(masked, ranks.device))
             rule = commonest_bins(masked, config.binning) == masked.targets
             sums += [float(loss), float(correct), float(rule.sum()), len(masked.targets)]
     engine.train(True)
     loss_sum, correct_sum, rule_sum, count = ranks.sum(list(sums))
     if not count:
         return {}
-    return {
+    metrics = health_metrics(ranks.sum(health.sums())) if config.attention_health else {}
+    return metrics | {
         "validation_loss": loss_sum / count,
         "validation_masked_accuracy": correct_sum / count,
         "validation_commonest_bin_accuracy": rule_sum / count,

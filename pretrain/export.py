@@ -90,7 +90,7 @@ def write_export(
     config = {
         "format": FORMAT,
         "kind": kind,
-        "encoder": asdict(encoder.config),
+        "encoder": encoder.config.architecture(),
         "binning": asdict(encoder.binning),
         "panel_digest": panel.digest,
         **metadata,

@@ -43,6 +43,8 @@ class FullState:
     @property
     def optimizer_step(self) -> int:
         """Updates that Adam has counted, for its bias correction."""
+        if not self._inner.state:
+            return 0
         return int(next(iter(self._inner.state.values()))["step"])
 
     def sizes(self) -> dict[str, int]:
@@ -60,6 +62,8 @@ class FullState:
             `weight/<name>` in float32; of what is trained also `exp_avg/<name>` and
             `exp_avg_sq/<name>`. Buffers keep their type.
         """
+        if not self._inner.state:  # no update was made yet, the first steps were skipped
+            self._make_room(0)
         parameters, buffers = dict(self._model.named_parameters()), dict(self._buffers())
         tensors = {}
         for name in names:

@@ -2,47 +2,38 @@
 
 import logging
 import math
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from datastore.gene_embedding import load_gene_vectors, provenance_of
-from datastore.genes import GenePanel
-from datastore.loader import CellLoader, TokenBatch, to_tokens
+from datastore.loader import CellLoader, PackedBatch, TokenBatch, to_bins, to_tokens
 from datastore.reader import CellReader
 from datastore.sampler import CellSampler
 from datastore.selection import Selection, select_cells
 from datastore.store import CellStore, open_store
 from datastore.verification import check_complete
-from pretrain.checkpoint import TrainingState, identity, resume, save_checkpoint
+from pretrain.agreement import require_agreement
+from pretrain.building import build_model, read_gene_vectors
+from pretrain.checkpoint import TrainingState, identity, keep_panel, resume, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
-from pretrain.encoder import build_encoder
 from pretrain.engine import TrainingEngine, read_deepspeed_json
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in
-from pretrain.masking import MaskedBatch, commonest_bins, mask_tokens
-from pretrain.objective import MaskedGeneModel, to_tensors
+from pretrain.micro_batches import cut_by_tokens
+from pretrain.objective import MaskedGeneModel
 from pretrain.schedule import learning_rate
+from pretrain.step import StepInfo, redraw, training_step
 from pretrain.tracking import Tracker, start_run
 from pretrain.watchdog import Watchdog
+from pretrain.window import Window
 
 log = logging.getLogger(__name__)
-
-_STRAGGLER: Final = 2.0
-"""A rank that needs so many times as long as the others for its own work, and over a second, …"""
-_STRAGGLER_WINDOWS: Final = 3
-"""… in so many log windows in a row is named."""
 
 
 def pretrain(
@@ -94,11 +85,14 @@ def _pretrain(
     loader = CellLoader(reader, sampler, len(store.panel), config.binning)
     validation = list(_validation_batches(reader, store, selection, config, ranks))
 
-    vectors, origin = _gene_vectors(config, store.panel)
-    engine = TrainingEngine(_build_model(config, store.panel, vectors), config, ranks)
+    vectors, origin = read_gene_vectors(config, store.panel)
+    engine = TrainingEngine(build_model(config, store.panel, vectors), config, ranks)
     who = identity(config, store)
     checkpoints = output / "checkpoints"
     state = resume(checkpoints, engine, who, ranks) or TrainingState()
+    with ranks.failing_together():
+        if ranks.is_first:
+            keep_panel(checkpoints, store.panel)
     if state.step:
         log.info("continuing at step %d of %d", state.step, total_steps)
 
@@ -106,20 +100,20 @@ def _pretrain(
         _start_tracker(config, ranks, state, store, selection) as tracker,
         _watched(engine, config.watchdog_minutes * 60, ranks),
     ):
-        state = replace(state, run_id=tracker.run_id)
-        window = _Window(ranks.hosts())
+        window = Window(ranks.hosts())
         metrics: dict[str, float] = {}
         interrupted = False
-        for epoch, batches in _steps(loader, state.step, stop, sampler.steps_per_epoch):
+        for epoch, batches in _steps(loader, config, state.step, stop, sampler.steps_per_epoch):
             window.note_fetched()
             rate = learning_rate(state.step, sampler.steps_per_epoch, total_steps, config.optim)
-            _redraw(engine, state.step, config)
-            window.add(
-                _training_step(engine, batches, epoch, state.step, rate, config, ranks, window)
-            )
+            redraw(engine, state.step, config)
+            info = StepInfo(epoch, state.step, rate, state.skipped_steps)
+            done = training_step(engine, batches, info, config, ranks, window)
+            window.add(done.sums)
             state = replace(
                 state,
                 step=state.step + 1,
+                skipped_steps=state.skipped_steps + done.skipped,
                 cells_seen=min(
                     state.cells_seen + config.batch.global_size, (epoch + 1) * order.num_cells
                 ),
@@ -135,13 +129,15 @@ def _pretrain(
                 }
                 tracker.log_metrics(numbers, state.step)
                 _log_step(state.step, total_steps, numbers)
+            if config.check_ranks_every and (state.step % config.check_ranks_every == 0 or last):
+                require_agreement(engine.model, state.step, ranks)
             metrics = {}
             if state.step % config.evaluate_every == 0 or (last and not interrupted):
                 metrics = evaluate(engine, validation, config, ranks)
                 tracker.log_metrics(metrics, state.step)
                 _log_evaluation(state.step, metrics)
             if state.step % config.save_every == 0 or last:
-                state = _with_best(state, metrics)
+                state = replace(_with_best(state, metrics), run_id=tracker.run_id)
                 save_checkpoint(checkpoints, engine, state, who, ranks, config.keep_checkpoints)
             if interrupted:
                 log.info("%s: saved at step %d", request.signal or "asked to stop", state.step)
@@ -151,6 +147,7 @@ def _pretrain(
         export = None
         if state.step >= total_steps:
             metrics = metrics or evaluate(engine, validation, config, ranks)
+            state = replace(state, run_id=tracker.run_id)
             export = _export(engine, store, config, state, metrics, origin, ranks)
             tracker.log_artifacts(export, "export")
     return {
@@ -159,7 +156,7 @@ def _pretrain(
         "metrics": metrics,
         "export": None if export is None else str(export),
         "interrupted": interrupted,
-        "run_id": state.run_id,
+        "run_id": tracker.run_id,
     }
 
 
@@ -187,184 +184,19 @@ def _with_best(state: TrainingState, metrics: dict[str, float]) -> TrainingState
     return state
 
 
-def _training_step(
-    engine: TrainingEngine,
-    batches: list[TokenBatch],
-    epoch: int,
-    step: int,
-    rate: float,
-    config: PretrainConfig,
-    ranks: Ranks,
-    window: "_Window",
-) -> NDArray[np.float64]:
-    """One optimizer step; return this rank's loss, correct, rule correct, targets, cells.
-
-    Raises:
-        ValueError: If a loss or gradient is not finite, before the weights change.
-    """
-    # With weights a cell may come again in an epoch; other genes are hidden then.
-    draw = epoch if config.data.weight_by is None else step
-    masked: list[MaskedBatch] = [
-        mask_tokens(b.tokens, b.positions, config.seed, draw, config.masking, config.binning)
-        for b in batches
-    ]
-    targets = sum(len(batch.targets) for batch in masked)
-    # Every target of the global batch weighs the same, however ranks and micro-batches share them.
-    (all_targets,) = ranks.sum([targets])
-    sums = np.zeros(5)
-    broken: list[int] = []
-    for number, batch in enumerate(masked):
-        with window.own_work():
-            loss, correct = engine(*to_tensors(batch, ranks.device))
-        engine.backward(loss / max(1.0, all_targets))
-        if not (math.isfinite(loss.detach()) and engine.gradient_is_finite()):
-            broken += batches[number].positions.tolist()
-        if number == len(masked) - 1:
-            with ranks.failing_together():  # before the update, which would spoil the weights
-                _refuse_broken(broken, step, ranks)
-        engine.step(rate)
-        rule = commonest_bins(batch, config.binning) == batch.targets
-        sums[:3] += [float(loss.detach()), float(correct), float(rule.sum())]
-    sums[3:] = targets, sum(len(batch.positions) for batch in batches)
-    return sums
-
-
-def _refuse_broken(cells: list[int], step: int, ranks: Ranks) -> None:
-    if cells:
-        raise ValueError(
-            f"loss or gradient is not finite at step {step} on rank {ranks.rank} "
-            f"({socket.gethostname()}), store positions {cells}; no weight was changed: lower "
-            "optim.lr or optim.clip_norm and start again from the last checkpoint"
-        )
-
-
-class _Window:
-    """Sums over the steps between two log lines."""
-
-    def __init__(self, hosts: list[str]) -> None:
-        self._hosts = hosts
-        self._slow = 0, 0
-        """The slowest rank, and in how many windows in a row it was much slower."""
-        self._begin()
-
-    def _begin(self) -> None:
-        self._sums, self._seconds, self._own_seconds = np.zeros(5), 0.0, 0.0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Count time from here on: fetching cells and training on them."""
-        self._clock = time.perf_counter()
-
-    def note_fetched(self) -> None:
-        """Count the time since the clock was started as this rank's own, waiting for nobody."""
-        self._own_seconds += time.perf_counter() - self._clock
-
-    @contextmanager
-    def own_work(self) -> Iterator[None]:
-        """Count the time inside as this rank's own."""
-        start = time.perf_counter()
-        yield
-        self._own_seconds += time.perf_counter() - start
-
-    def add(self, sums: NDArray[np.float64]) -> None:
-        """Take a step's sums and the time since the clock was started."""
-        self._sums += sums
-        self._seconds += time.perf_counter() - self._clock
-
-    def finish(self, ranks: Ranks) -> dict[str, float]:
-        """Reduce over ranks, begin anew, and return the window's metrics."""
-        loss, correct, rule, targets, cells = ranks.sum(list(self._sums))
-        own, seconds = ranks.gather(self._own_seconds), self._seconds
-        self._begin()
-        self._look_for_straggler(own)
-        targets = max(1.0, targets)
-        return {
-            "loss": loss / targets,
-            "masked_accuracy": correct / targets,
-            "commonest_bin_accuracy": rule / targets,
-            "cells_per_second": cells / seconds,
-        }
-
-    def _look_for_straggler(self, own: list[float]) -> None:
-        """Name a rank that was much slower than the others in several windows in a row."""
-        slowest = int(np.argmax(own))
-        others = own[:slowest] + own[slowest + 1 :]
-        slow = own[slowest] > 1.0 and own[slowest] > _STRAGGLER * float(np.median(others or own))
-        former, count = self._slow
-        self._slow = slowest, (count if former == slowest else 0) + 1 if slow else 0
-        if self._slow[1] == _STRAGGLER_WINDOWS:
-            log.warning(
-                "rank %d (%s) is a straggler: %.2f s of its own work, the others' median %.2f s",
-                slowest,
-                self._hosts[slowest],
-                own[slowest],
-                np.median(others),
-            )
-
-
 def _steps(
-    loader: CellLoader, first: int, stop: int, steps_per_epoch: int
-) -> Iterator[tuple[int, list[TokenBatch]]]:
+    loader: CellLoader, config: PretrainConfig, first: int, stop: int, steps_per_epoch: int
+) -> Iterator[tuple[int, Sequence[TokenBatch | PackedBatch]]]:
     """Yield (epoch, micro-batches) of each step from `first` to before `stop`."""
+    expressed = config.encoder.sequence == "expressed"
     step = first
     while step < stop:
         epoch, into = divmod(step, steps_per_epoch)
-        for batches in loader.epoch(epoch, into):
+        for batches in loader.packed(epoch, into) if expressed else loader.epoch(epoch, into):
             if step == stop:
                 return
             yield epoch, batches
             step += 1
-
-
-def _build_model(
-    config: PretrainConfig, panel: GenePanel, vectors: Tensor | None = None
-) -> MaskedGeneModel:
-    """Model with the same weights on every rank."""
-    if config.encoder.gene_embedding == "none":
-        log.warning(
-            "encoder.gene_embedding is none: without gene identity the published model collapses "
-            "to the commonest-bin rule; use learned or gene2vec"
-        )
-    encoder = build_encoder(config.encoder, config.binning, len(panel), config.seed, vectors)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return MaskedGeneModel(encoder)
-
-
-def _gene_vectors(
-    config: PretrainConfig, panel: GenePanel
-) -> tuple[Tensor | None, dict[str, Any] | None]:
-    """Gene vectors in panel order and where they come from, if any are given."""
-    if config.gene2vec.vectors is None:
-        return None, None
-    path, names = Path(config.gene2vec.vectors), config.gene2vec.names
-    vectors = load_gene_vectors(path, None if names is None else Path(names), panel)
-    if vectors.matrix.shape[1] != config.encoder.dim:
-        raise ValueError(
-            f"gene2vec.vectors have {vectors.matrix.shape[1]} columns but encoder.dim is "
-            f"{config.encoder.dim}; set --encoder.dim {vectors.matrix.shape[1]}"
-        )
-    without = int((~vectors.found).sum())
-    log.info("gene2vec: vectors for %d of %d genes", len(panel) - without, len(panel))
-    if without:
-        log.warning(
-            "%d genes of the panel have no gene2vec vector: theirs are zeros, which tell the model "
-            "nothing of the gene (scbert genes embed --missing random gives them some)",
-            without,
-        )
-    return torch.from_numpy(vectors.matrix), {
-        **provenance_of(path),
-        "genes_of_panel_without": without,
-    }
-
-
-def _redraw(engine: TrainingEngine, step: int, config: PretrainConfig) -> None:
-    """Set the projections that belong to a step; a function of the step, so resuming is exact."""
-    if config.redraw_every:
-        model = engine.model
-        assert isinstance(model, MaskedGeneModel)
-        number = step // config.redraw_every
-        model.encoder.redraw_projections(config.seed, number)
 
 
 def _validation_batches(
@@ -373,13 +205,20 @@ def _validation_batches(
     selection: Selection,
     config: PretrainConfig,
     ranks: Ranks,
-) -> Iterator[TokenBatch]:
+) -> Iterator[TokenBatch | PackedBatch]:
     """This rank's held-out cells, in as many batches as every other rank has."""
     cells = selection.validation(config.validation_cells)
     per_rank = -(-len(cells) // ranks.world_size)
     share = np.array_split(cells, ranks.world_size)[ranks.rank]
+    if config.batch.tokens is not None:
+        yield from cut_by_tokens(to_bins(reader.read(share), config.binning), config, ranks)
+        return
     for positions in np.array_split(share, max(1, -(-per_rank // config.batch.micro_size))):
-        yield to_tokens(reader.read(positions), len(store.panel), config.binning)
+        block = reader.read(positions)
+        if config.encoder.sequence == "expressed":
+            yield to_bins(block, config.binning)
+        else:
+            yield to_tokens(block, len(store.panel), config.binning)
 
 
 def _start_tracker(
@@ -396,6 +235,7 @@ def _start_tracker(
         config.tracking.run_name or output.name,
         is_first=ranks.is_first,
         run_id=state.run_id,
+        continues=state.step > 0,
         tags={"kind": "pretrain", "git_commit": git_commit() or "unknown"},
         metrics_path=output / "metrics.jsonl",
     )

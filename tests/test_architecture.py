@@ -23,7 +23,15 @@ DOORS = {
     "distributed": {"datastore/workers.py"},
     "gensim": {"datastore/gene2vec.py"},
     "jsonargparse": {"launchers/cli.py"},
-    "mlflow": {"pretrain/tracking.py", "finetune/registry.py"},
+    "mlflow": {
+        "pretrain/mlflow_client.py",
+        "pretrain/mlflow_records.py",
+        "finetune/pyfunc.py",
+        "finetune/registration.py",
+        "finetune/registry.py",
+        "finetune/registry_client.py",
+        "finetune/registry_files.py",
+    },
     "performer_pytorch": {"pretrain/encoder.py", "pretrain/favor.py"},
     "tensorstore": {"datastore/reader.py", "datastore/storage.py"},
 }

@@ -71,13 +71,10 @@ def test_no_cells_give_zero_loss_and_gradient() -> None:
 def test_to_tensors_keeps_values_and_types() -> None:
     batch = masked(2)
 
-    inputs, cells, genes, targets = to_tensors(batch, CPU)
+    inputs, read, targets = to_tensors(batch, CPU)
 
-    assert (inputs.dtype, cells.dtype, genes.dtype, targets.dtype) == (
-        torch.uint8,
-        torch.int64,
-        torch.int64,
-        torch.uint8,
-    )
+    assert (inputs.dtype, read.dtype, targets.dtype) == (torch.uint8, torch.int64, torch.uint8)
     np.testing.assert_array_equal(inputs, batch.inputs)
+    np.testing.assert_array_equal(read // (NUM_GENES + 1), batch.cells)
+    np.testing.assert_array_equal(read % (NUM_GENES + 1), batch.genes)
     np.testing.assert_array_equal(targets, batch.targets)

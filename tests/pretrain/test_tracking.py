@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from pretrain.mlflow_records import flatten
 from pretrain.tracking import (
     MLFLOW_SETTINGS,
     Tracker,
     connect,
-    flatten,
     resolve_tracking_uri,
     start_run,
     without_credentials,
@@ -186,8 +186,22 @@ def test_status_after_leaving(uri: str, error: BaseException, status: str) -> No
     assert get_run(uri, tracker).info.status == status
 
 
+RUN: dict[str, Any] = {
+    "kind": "run",
+    "token": "t0",
+    "experiment": "pretrain",
+    "run_name": "tiny",
+    "run_id": None,
+    "continues": False,
+    "parent_run_id": None,
+    "artifact_location": None,
+    "tags": {},
+}
+"""Record that opens a run."""
+
+
 class AwayClient:
-    """A client whose server went away after the run had started."""
+    """A client whose server went away."""
 
     def __getattr__(self, name: str) -> Any:
         def fail(*arguments: Any, **options: Any) -> None:
@@ -200,8 +214,7 @@ def test_training_goes_on_when_mlflow_raises(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = tmp_path / "metrics.jsonl"
-    client: Any = AwayClient()
-    with Tracker(client, "run", lines, clock=lambda: 7.0) as tracker:
+    with Tracker(AwayClient, RUN, lines, clock=lambda: 7.0) as tracker:
         tracker.log_params({"lr": 1})
         tracker.log_dataset("x", "y", "z", num_cells=1)
         tracker.log_file(lines)
@@ -209,9 +222,11 @@ def test_training_goes_on_when_mlflow_raises(
         for step in range(3):
             tracker.log_metrics({"loss": 1.0}, step)
     assert read_lines(lines) == [{"step": step, "time": 7.0, "loss": 1.0} for step in range(3)]
-    assert tracker.num_undelivered == 3
-    assert caplog.text.count("could not send metrics") == 1
-    assert "3 calls of log_metrics did not reach MLflow" in caplog.text
+    assert tracker.run_id is None
+    assert tracker.num_undelivered == 9  # the run, five things logged before … and its end
+    assert caplog.text.count("MLflow does not take what is logged") == 1
+    assert "9 records did not reach MLflow" in caplog.text
+    assert "the next start there sends it" in caplog.text
     assert "pw" not in caplog.text
 
 
@@ -225,16 +240,93 @@ def test_training_starts_without_a_server(
         tracker.log_metrics({"loss": 1.0}, step=1)
     assert tracker.run_id is None
     assert len(read_lines(lines)) == 1
-    assert "training goes on without it" in caplog.text
+    assert "training goes on and it is sent later" in caplog.text
     assert "pw" not in caplog.text
+    assert "pw" not in (tmp_path / "mlflow_outbox.jsonl").read_text()
+
+
+def test_the_next_start_delivers_what_the_former_could_not(uri: str, tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    with Tracker(AwayClient, RUN, lines) as former:
+        former.log_params({"lr": 1})
+        for step in range(1500):  # more than fit into one call
+            former.log_metrics({"loss": step, "accuracy": 0.5}, step)
+    with (tmp_path / "mlflow_outbox.jsonl").open("a") as file:
+        file.write('{"kind": "metr')  # the line a killed process was writing
+
+    with start(uri, continues=True, metrics_path=lines) as tracker:
+        tracker.log_metrics({"loss": 9.0}, 1500)
+    assert tracker.num_undelivered == 0
+    run = get_run(uri, tracker)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "1"}
+    expected = [(line["step"], line["loss"]) for line in read_lines(lines)]
+    assert history(uri, tracker, "loss") == expected
+    assert len(expected) == 1501
+
+
+def history(uri: str, tracker: Tracker, name: str) -> list[tuple[int, float]]:
+    assert tracker.run_id is not None
+    points = connect(uri).get_metric_history(tracker.run_id, name)
+    return [(point.step, point.value) for point in points]
+
+
+def test_another_training_in_the_folder_leaves_the_former_run_alone(
+    uri: str, tmp_path: Path
+) -> None:
+    """Records go to the run that they were logged for, even when it is opened later."""
+    lines = tmp_path / "metrics.jsonl"
+    with Tracker(AwayClient, RUN | {"token": "t1"}, lines) as former:
+        former.log_metrics({"loss": 1.0}, 1)
+    with start(uri, metrics_path=lines) as tracker:
+        tracker.log_metrics({"loss": 2.0}, 1)
+    assert history(uri, tracker, "loss") == [(1, 2.0)]
+    client = connect(uri)
+    experiment = client.get_experiment_by_name("pretrain")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], "tags.opened_by = 't1'")
+    assert found.data.metrics == {"loss": 1.0}
+    assert found.info.status == "FINISHED"
+
+
+def test_a_delivery_that_is_repeated_changes_nothing(uri: str, tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    with start(uri, metrics_path=lines) as tracker:
+        tracker.log_params({"lr": 1})
+        for step in range(5):
+            tracker.log_metrics({"loss": math.nan if step == 3 else step}, step)
+    before = history(uri, tracker, "loss")
+    # As if the process had been killed before the cursor was written at all.
+    (tmp_path / "mlflow_outbox.cursor.json").unlink()
+    with start(uri, run_id=tracker.run_id, metrics_path=lines) as again:
+        pass
+    assert again.run_id == tracker.run_id
+    after = history(uri, again, "loss")
+    assert len(before) == len(after) == 5
+    assert str(after) == str(before)
+
+
+def test_what_the_server_refuses_does_not_hold_up_the_rest(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(uri, metrics_path=tmp_path / "metrics.jsonl") as tracker:
+        tracker.log_metrics({"loss": 1.0}, 1)
+        tracker.log_metrics({"not: a name?": 1.0}, 1)
+        tracker.log_artifacts(tmp_path / "gone")
+        tracker.log_metrics({"loss": 2.0}, 2)
+    assert tracker.num_undelivered == 0
+    assert history(uri, tracker, "loss") == [(1, 1.0), (2, 2.0)]
+    assert "MLflow refused to log metrics" in caplog.text
+    assert "gone is no longer there" in caplog.text
 
 
 def test_unwritable_metrics_file_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = Tracker(None, None, tmp_path)  # a folder where the file should be
+    tracker = Tracker(AwayClient, RUN, tmp_path)  # a folder where the file should be
     tracker.log_metrics({"loss": 1.0}, step=1)
     tracker.log_metrics({"loss": 1.0}, step=2)
+    tracker.abandon()
     assert caplog.text.count("could not write the metrics file") == 1
 
 

@@ -20,27 +20,24 @@ from torch import Tensor
 
 from datastore.config import SelectionConfig
 from datastore.gene_embedding import write_gene_vectors
-from datastore.genes import GenePanel
-from datastore.loader import to_tokens
-from datastore.reader import CellReader
-from datastore.sampler import CellOrder
-from datastore.store import file_digest, open_store
+from datastore.genes import GenePanel, write_panel
+from datastore.store import file_digest
+from pretrain import step as training
 from pretrain import train
 from pretrain.config import Gene2VecConfig, PretrainConfig
+from pretrain.conversion import export_checkpoint, find_checkpoint
 from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
 from pretrain.export import read_export
-from pretrain.masking import mask_tokens
-from pretrain.objective import to_tensors
-from pretrain.schedule import learning_rate
+from pretrain.masking import mask_batch
+from pretrain.window import Window
+from tests.support.plain import HELD_OUT, NUM_STEPS, largest_difference, plain_training
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ENCODER, NUM_CELLS, tiny_config, tiny_panel, tiny_store
 
 pytestmark = pytest.mark.multiprocess
 
-HELD_OUT = 15
 EMPTY_CELL = 20
-STEPS = 8
 GENE_VECTORS: dict[str, Any] = {"encoder": replace(ENCODER, gene_embedding="gene2vec")}
 EVEN_CELLS = SelectionConfig(where={"side": ["even"]})
 TWICE_AS_ODD = SelectionConfig(weight_by="side", weights={"odd": 2.0})
@@ -72,13 +69,13 @@ def train_one(ranks: Ranks, config: PretrainConfig) -> Outcome:
             super().__init__(*arguments)
             engines.append(self)
 
-    def recording(tokens: Any, positions: Any, seed: int, epoch: int, *rest: Any) -> Any:
-        outcome.positions.append((epoch, positions.tolist()))
-        return mask_tokens(tokens, positions, seed, epoch, *rest)
+    def recording(batch: Any, draw: int, *rest: Any) -> Any:
+        outcome.positions.append((draw, batch.positions.tolist()))
+        return mask_batch(batch, draw, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "TrainingEngine", Watched)
-        patch.setattr(train, "mask_tokens", recording)
+        patch.setattr(training, "mask_batch", recording)
         try:
             outcome.result = train.pretrain(config, ranks)
         except ValueError as error:
@@ -184,52 +181,18 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     return Trainings(folder, one, two)
 
 
-def plain_training(config: PretrainConfig) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """The same training without DeepSpeed, ranks or micro-batches: losses, norms, weights."""
-    store = open_store(config.store)
-    order = CellOrder(HELD_OUT, NUM_CELLS, config.seed, config.order)
-    reader, cpu = CellReader(store), torch.device("cpu")
-    model = train._build_model(config, store.panel)
-    optimizer = torch.optim.AdamW(model.parameters(), config.optim.lr, weight_decay=0.0)
-    losses, norms = [], []
-    for step in range(STEPS):
-        epoch, into = divmod(step, 4)
-        places = np.arange(16 * into, min(16 * into + 16, order.num_cells))
-        batch = to_tokens(
-            reader.read(order.positions(epoch, places)), len(store.panel), config.binning
-        )
-        masked = mask_tokens(
-            batch.tokens, batch.positions, config.seed, epoch, config.masking, config.binning
-        )
-        model.encoder.redraw_projections(config.seed, step // config.redraw_every)
-        loss = model(*to_tensors(masked, cpu)).loss / len(masked.targets)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 4, STEPS, config.optim)
-        optimizer.step()
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return losses, norms, {name: value.detach() for name, value in model.state_dict().items()}
-
-
-def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((value - other[name]).abs().max()) for name, value in one.items())
-
-
 class TestOneRank:
     def test_result(self, trainings: Trainings) -> None:
         result = trainings.one["straight"].result
 
-        assert (result["step"], result["total_steps"]) == (STEPS, STEPS)
+        assert (result["step"], result["total_steps"]) == (NUM_STEPS, NUM_STEPS)
         assert result["export"] == str(trainings.folder / "straight" / "export")
         assert list(result["metrics"]) == [
             "validation_loss",
             "validation_masked_accuracy",
             "validation_commonest_bin_accuracy",
         ]
-        assert len(trainings.lines("straight")) == STEPS
+        assert len(trainings.lines("straight")) == NUM_STEPS
 
     def test_equals_plain_pytorch(self, trainings: Trainings) -> None:
         losses, norms, weights = plain_training(trainings.config("straight"))
@@ -250,7 +213,7 @@ class TestOneRank:
         stopped, continued = trainings.one["stopped"].result, trainings.one["continued"].result
 
         assert (stopped["step"], stopped["export"]) == (3, None)
-        assert continued["step"] == STEPS
+        assert continued["step"] == NUM_STEPS
         assert continued["run_id"] == stopped["run_id"] is not None
         for metric in ("loss", "gradient_norm", "learning_rate", "masked_accuracy", "epoch"):
             resumed, straight = (trainings.series(n, metric) for n in ("stopped", "straight"))
@@ -356,6 +319,50 @@ class TestOneRank:
         assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000004", "step_00000008"]
 
 
+class TestExportOfCheckpoints:
+    @pytest.mark.parametrize("name", ["straight", "zero3", "two_zero3"])
+    def test_is_what_the_training_exported(self, name: str, trainings: Trainings) -> None:
+        checkpoint = find_checkpoint(trainings.folder / name)
+        assert checkpoint.name == "step_00000008"
+        output = trainings.folder / "exports" / name
+        export_checkpoint(checkpoint, output)
+
+        made, expected = (
+            read_export(folder, "encoder")
+            for folder in (output, trainings.folder / name / "export")
+        )
+        assert set(made.weights) == set(expected.weights)
+        assert all(torch.equal(made.weights[n], value) for n, value in expected.weights.items())
+        assert made.panel == expected.panel
+        assert made.encoder_config == expected.encoder_config
+        assert made.metadata["provenance"]["step"] == NUM_STEPS
+
+    def test_best_and_earlier_ones(self, trainings: Trainings) -> None:
+        folder = trainings.folder / "straight"
+        lines = trainings.lines("straight")
+        best = min((4, 8), key=lambda step: lines[step]["validation_loss"])
+
+        assert find_checkpoint(folder, best=True).name == f"step_{best:08d}"
+        earlier = folder / "checkpoints" / "step_00000004"
+        assert find_checkpoint(earlier) == earlier
+        with pytest.raises(ValueError, match="nothing was held out; omit --best"):
+            find_checkpoint(trainings.folder / "short", best=True)
+
+    def test_other_genes_and_damage_are_refused(self, trainings: Trainings, tmp_path: Path) -> None:
+        checkpoint = find_checkpoint(trainings.folder / "straight")
+        write_panel(GenePanel(tuple(reversed(tiny_panel().names))), tmp_path / "genes.txt")
+        with pytest.raises(ValueError, match=r"genes\.txt does not name the genes, in order"):
+            export_checkpoint(checkpoint, tmp_path / "export", tmp_path / "genes.txt")
+        alone = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+        with pytest.raises(FileNotFoundError, match=r"name the store's: --genes STORE/genes\.txt"):
+            export_checkpoint(alone, tmp_path / "export")
+        piece = next(alone.glob("*.safetensors"))
+        piece.write_bytes(piece.read_bytes()[:-1] + b"?")
+        with pytest.raises(ValueError, match=r"cannot be exported: .* is damaged"):
+            find_checkpoint(alone)
+        assert not (tmp_path / "export").exists()
+
+
 class TestTwoRanks:
     def test_weights_and_projections_are_equal_on_all_ranks(self, trainings: Trainings) -> None:
         for name in ("two", "two_zero3", "two_continued"):
@@ -399,7 +406,7 @@ class TestTwoRanks:
     def test_a_weighted_training_continues_on_two_ranks(self, trainings: Trainings) -> None:
         one, two = (trainings.series(n, "loss") for n in ("weighted", "weighted_stopped"))
         np.testing.assert_allclose(two, one, rtol=1e-6)  # worst 6.2e-8
-        assert trainings.two[0]["weighted_on_two"].result["step"] == STEPS
+        assert trainings.two[0]["weighted_on_two"].result["step"] == NUM_STEPS
         before = [p for _, batch in trainings.one["weighted_stopped"].positions for p in batch]
         after = [
             p
@@ -466,12 +473,12 @@ def test_any_number_of_ranks_continues_under_any_stage(
 
 
 def test_a_straggler_is_named_after_three_windows(caplog: pytest.LogCaptureFixture) -> None:
-    window = train._Window(["n1", "n2", "n3"])
+    window = Window(["n1", "n2", "n3"])
     for own in ([1.0, 1.0, 3.0], [1.0, 1.0, 3.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.9]):
-        window._look_for_straggler(own)
+        window.look_for_straggler(own)
     assert not caplog.records
     for _ in range(5):
-        window._look_for_straggler([1.0, 1.2, 3.0])
+        window.look_for_straggler([1.0, 1.2, 3.0])
     assert [record.getMessage() for record in caplog.records] == [
         "rank 2 (n3) is a straggler: 3.00 s of its own work, the others' median 1.10 s"
     ]

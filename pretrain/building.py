@@ -1,0 +1,62 @@
+"""From a configuration to a model: seeded weights, gene vectors."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datastore.gene_embedding import load_gene_vectors, provenance_of
+from datastore.genes import GenePanel
+from pretrain.config import PretrainConfig
+from pretrain.encoder import build_encoder
+from pretrain.objective import MaskedGeneModel
+
+log = logging.getLogger(__name__)
+
+
+def build_model(
+    config: PretrainConfig, panel: GenePanel, vectors: Tensor | None = None
+) -> MaskedGeneModel:
+    """Build the model with the same weights on every rank; `vectors` are the genes', (G, D)."""
+    if config.encoder.gene_embedding == "none":
+        log.warning(
+            "encoder.gene_embedding is none: without gene identity the published model collapses "
+            "to the commonest-bin rule; use learned or gene2vec"
+        )
+    encoder = build_encoder(config.encoder, config.binning, len(panel), config.seed, vectors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return MaskedGeneModel(encoder)
+
+
+def read_gene_vectors(
+    config: PretrainConfig, panel: GenePanel
+) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """Read gene vectors in panel order and where they come from, if the configuration names any.
+
+    Raises:
+        ValueError: If they are not as wide as the encoder.
+    """
+    if config.gene2vec.vectors is None:
+        return None, None
+    path, names = Path(config.gene2vec.vectors), config.gene2vec.names
+    vectors = load_gene_vectors(path, None if names is None else Path(names), panel)
+    if vectors.matrix.shape[1] != config.encoder.dim:
+        raise ValueError(
+            f"gene2vec.vectors have {vectors.matrix.shape[1]} columns but encoder.dim is "
+            f"{config.encoder.dim}; set --encoder.dim {vectors.matrix.shape[1]}"
+        )
+    without = int((~vectors.found).sum())
+    log.info("gene2vec: vectors for %d of %d genes", len(panel) - without, len(panel))
+    if without:
+        log.warning(
+            "%d genes of the panel have no gene2vec vector: theirs are zeros, which tell the model "
+            "nothing of the gene (scbert genes embed --missing random gives them some)",
+            without,
+        )
+    return torch.from_numpy(vectors.matrix), {
+        **provenance_of(path),
+        "genes_of_panel_without": without,
+    }

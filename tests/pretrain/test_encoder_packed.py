@@ -1,0 +1,255 @@
+"""Packed cells: the same states as dense ones, wherever they stand and whoever else is there."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.config import EncoderConfig
+from pretrain.encoder import ExpressionEncoder, build_encoder
+from tests.support.tiny import BINNING, ENCODER, NUM_GENES
+
+EXPRESSED = replace(ENCODER, sequence="expressed")
+LENGTH = NUM_GENES + 1
+
+
+def build(config: EncoderConfig = EXPRESSED) -> ExpressionEncoder:
+    return build_encoder(config, BINNING, NUM_GENES, seed=0).double()
+
+
+def tiny_tokens(num_cells: int = 5) -> Tensor:
+    """Tokens, (num_cells, G), half of them 0; the last cell has nothing but zeros."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_cells, NUM_GENES)
+    tokens = torch.randint(0, BINNING.num_tokens, shape, generator=generator, dtype=torch.uint8)
+    tokens *= torch.rand(shape, generator=generator) < 0.5
+    tokens[-1] = 0
+    return tokens
+
+
+def pack(tokens: Tensor, order: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Genes, tokens and offsets of the tokens that are not 0, cell after cell."""
+    genes, values, ends = [], [], [0]
+    for cell in tokens:
+        present = [gene for gene in range(NUM_GENES) if cell[gene]]
+        genes += [*present, NUM_GENES]
+        values += [*cell[present].tolist(), 0]
+        ends.append(len(genes))
+    return torch.tensor(genes), torch.tensor(values, dtype=torch.uint8), torch.tensor(ends)
+
+
+def whole(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Genes, tokens and offsets of every gene of every cell."""
+    genes = torch.arange(LENGTH).repeat(len(tokens))
+    offsets = torch.arange(len(tokens) + 1) * LENGTH
+    return genes, torch.nn.functional.pad(tokens, (0, 1)).flatten(), offsets
+
+
+def gradients(encoder: ExpressionEncoder, states: Tensor) -> dict[str, Tensor]:
+    encoder.zero_grad()
+    states.square().mul(torch.arange(states.shape[-1])).sum().backward()
+    return {
+        name: weight.grad.clone()
+        for name, weight in encoder.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], worst: float) -> None:
+    # Worst over all tests 5.7e-14.
+    assert set(one) == set(other)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=worst, msg=name)
+
+
+def test_all_genes_packed_give_what_dense_cells_give() -> None:
+    encoder, tokens = build(ENCODER), tiny_tokens()
+
+    dense, packed = encoder(tokens), encoder.encode(*whole(tokens))
+
+    torch.testing.assert_close(packed.view(dense.shape), dense, rtol=0, atol=1e-14)  # worst 0
+    assert_same(gradients(encoder, packed), gradients(encoder, encoder(tokens)), 1e-11)
+
+
+@pytest.mark.parametrize("config", [ENCODER, EXPRESSED], ids=["full", "expressed"])
+def test_states_that_are_read_are_those_of_all(config: EncoderConfig) -> None:
+    encoder, tokens = build(config), tiny_tokens()
+    cells = whole(tokens) if config.sequence == "full" else pack(tokens)
+    read = torch.tensor([0, 3, 3, int(cells[2][1]), int(cells[2][-1]) - 1])  # cells 2, 3: none
+
+    some, every = encoder.encode(*cells, read), encoder.encode(*cells)
+
+    torch.testing.assert_close(some, every[read], rtol=0, atol=1e-13)  # worst 4.4e-16
+    assert_same(
+        gradients(encoder, encoder.encode(*cells, read)),
+        gradients(encoder, encoder.encode(*cells)[read]),
+        1e-11,
+    )
+
+
+@pytest.mark.parametrize("config", [ENCODER, EXPRESSED], ids=["full", "expressed"])
+def test_checkpointed_blocks_give_the_same_bits(config: EncoderConfig) -> None:
+    plain, again = build(config), build(replace(config, checkpointing=True))
+    cells = whole(tiny_tokens()) if config.sequence == "full" else pack(tiny_tokens())
+    read = torch.tensor([2, 5, 9])
+
+    one, other = plain.encode(*cells, read), again.encode(*cells, read)
+
+    assert torch.equal(one, other)
+    assert_same(gradients(plain, one), gradients(again, other), 0.0)
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    def kept(checkpointing: bool) -> int:
+        sizes: list[int] = []
+        encoder = build(replace(ENCODER, checkpointing=checkpointing))
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            encoder(tiny_tokens(8))
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 4
+
+
+def test_a_cell_depends_neither_on_its_batch_nor_on_the_order_of_its_genes() -> None:
+    encoder, tokens = build(), tiny_tokens()
+    genes, values, offsets = pack(tokens)
+    together = encoder.encode(genes, values, offsets)
+
+    for cell, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        alone = encoder.encode(*pack(tokens[cell : cell + 1]))
+        torch.testing.assert_close(alone, together[start:stop], rtol=0, atol=1e-13)  # worst 1.1e-15
+        back = torch.arange(stop - 1, start - 1, -1)
+        turned = encoder.encode(genes[back], values[back], torch.tensor([0, len(back)]))
+        torch.testing.assert_close(turned.flip(0), together[start:stop], rtol=0, atol=1e-13)
+
+
+def test_dense_tokens_of_an_expressed_encoder_are_packed_and_spread_again() -> None:
+    encoder, tokens = build(), tiny_tokens()
+
+    states = encoder(tokens)
+
+    packed, present = encoder.encode(*pack(tokens)), torch.nn.functional.pad(tokens, (0, 1)) != 0
+    present[:, -1] = True
+    assert states.shape == (5, LENGTH, 16)
+    torch.testing.assert_close(states[present], packed, rtol=0, atol=0)
+    assert not states[~present].any()
+    assert_same(gradients(encoder, states), gradients(encoder, encoder.encode(*pack(tokens))), 0.0)
+
+
+def test_absent_genes_change_a_full_cell_and_not_an_expressed_one() -> None:
+    tokens = tiny_tokens(1) * 0
+    tokens[0, 4] = 3
+    packed = pack(tokens)
+
+    assert len(packed[0]) == 2
+    read = torch.tensor([4])
+    full = build(ENCODER)(tokens, read)
+    expressed = build().encode(*packed, torch.tensor([0]))
+    assert not torch.allclose(full, expressed)
+
+
+@pytest.mark.parametrize("config", [ENCODER, EXPRESSED], ids=["full", "expressed"])
+@pytest.mark.parametrize("num_cells", [0, 2])
+def test_reading_nothing_gives_no_states_and_zero_gradients(
+    config: EncoderConfig, num_cells: int
+) -> None:
+    encoder, nowhere = build(config), torch.zeros(0, dtype=torch.int64)
+    cells = whole(tiny_tokens(2)) if config.sequence == "full" else pack(tiny_tokens(2))
+    if not num_cells:
+        cells = (nowhere, nowhere.to(torch.uint8), torch.zeros(1, dtype=torch.int64))
+
+    for read in (nowhere, *([None] if not num_cells else [])):
+        states = encoder.encode(*cells, read)
+        found = gradients(encoder, states)
+
+        assert states.shape == (0, 16)
+        assert len(found) == len(list(encoder.parameters()))
+        assert not any(gradient.any() for gradient in found.values())
+
+
+def changed(what: str, index: int, value: int) -> dict[str, Tensor]:
+    parts = dict(zip(("genes", "tokens", "offsets"), pack(tiny_tokens()), strict=True))
+    parts[what] = parts[what].long()
+    parts[what][index] = value
+    return parts
+
+
+TOTAL = len(pack(tiny_tokens())[0])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        pytest.param(changed("tokens", 3, 7), "token 7 is out of range.* 0 to 6", id="token"),
+        pytest.param(changed("tokens", 3, -1), "token -1 is out of range", id="negative token"),
+        pytest.param(changed("genes", 3, 33), "gene 33 is out of range.* 32 genes", id="gene"),
+        pytest.param(changed("genes", 3, -1), "gene -1 is out of range", id="negative gene"),
+        pytest.param(changed("offsets", 0, 1), "offsets run from 1 to", id="late start"),
+        pytest.param(changed("offsets", -1, 9), f"to 9 over {TOTAL} tokens", id="early end"),
+        pytest.param(changed("offsets", 1, 0), "cell 0 has 0 positions", id="zero-length cell"),
+        pytest.param(changed("offsets", 1, -2), "cell 0 has -2 positions", id="falling offsets"),
+    ],
+)
+def test_packed_cells_that_do_not_fit_are_refused(parts: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().encode(**parts)
+
+
+def test_packed_cells_of_other_shapes_are_refused() -> None:
+    encoder, (genes, tokens, offsets) = build(), pack(tiny_tokens())
+
+    with pytest.raises(ValueError, match=rf"genes have shape \({TOTAL - 1},\)"):
+        encoder.encode(genes[1:], tokens, offsets)
+    with pytest.raises(ValueError, match=r"offsets have shape \(1, 6\)"):
+        encoder.encode(genes, tokens, offsets[None])
+    with pytest.raises(ValueError, match=r"tokens are torch.float32, but encoder.expression is bi"):
+        encoder.encode(genes, tokens.float(), offsets)
+
+
+@pytest.mark.parametrize("read", [[-1, 3], [3, 10_000], [5, 4]])
+def test_positions_that_cannot_be_read_are_refused(read: list[int]) -> None:
+    with pytest.raises(ValueError, match="read must name positions from 0 to"):
+        build().encode(*pack(tiny_tokens()), torch.tensor(read))
+
+
+def test_part_of_the_genes_is_refused_by_an_encoder_of_all() -> None:
+    with pytest.raises(ValueError, match=r"trained with encoder\.sequence full: 32 genes"):
+        build(ENCODER).encode(*pack(tiny_tokens()))
+
+
+def test_token_out_of_range_is_refused_in_dense_cells() -> None:
+    for encoder in (build(), build(ENCODER)):
+        with pytest.raises(ValueError, match="token 9 is out of range"):
+            encoder(torch.full((1, NUM_GENES), 9))
+
+
+def test_reading_from_dense_cells_is_for_all_genes() -> None:
+    with pytest.raises(ValueError, match=r"reads positions in encode\(\) only"):
+        build()(tiny_tokens(), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_zeros": -1}, "encoder.num_zeros is -1"),
+        ({"num_zeros": 5}, "encoder.num_zeros is 5, but encoder.sequence is full"),
+        ({"dim": 200, "heads": 7}, "encoder.dim is 200, not a multiple of encoder.heads 7"),
+    ],
+)
+def test_impossible_shapes_are_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_how_to_compute_is_no_part_of_the_architecture() -> None:
+    other = replace(EXPRESSED, kernel="reference", checkpointing=True)
+
+    assert other.architecture() == EXPRESSED.architecture() != ENCODER.architecture()
+    assert EncoderConfig(**other.architecture()) == EXPRESSED
