@@ -43,8 +43,8 @@ EPSILON = 1e-4
 
 KERNELS = ("auto", "native", "torch", "reference")
 """Implementations: `native` is compiled for this CPU and takes bf16, `torch` works in tiles of the
-sequence, `reference` writes the whole feature maps down (to compare with), `auto` takes the first of
-these that can run."""
+sequence, `reference` writes the whole feature maps down (to compare with), `auto` takes the first
+of these that can run."""
 
 _logger = logging.getLogger(__name__)
 
@@ -128,9 +128,10 @@ def _attend_dense(
 ) -> Tensor:
     kernel = _resolve(kernel, q, k, v)
     if kernel == "native":
-        packed = (x.flatten(0, 1) for x in (q, k, v))  # views, as a rule
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # views, as a rule
         offsets, ends = (torch.arange(len(q) + 1) * x.shape[1] for x in (k, q))
-        return native_attention(*packed, projection, epsilon, offsets, ends).view(q.shape)
+        attended = native_attention(queries, keys, values, projection, epsilon, offsets, ends)
+        return attended.view(q.shape)
     function = tiled_attention if kernel == "torch" else _reference
     return function(q, k, v, projection, epsilon)
 

@@ -1,0 +1,259 @@
+"""The native kernel against the whole feature maps in float64, build by build."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pretrain import favor, favor_native
+from pretrain.favor import draw_projection, favor_attention
+from pretrain.favor_native import VARIANTS, native_attention, supported_variants
+
+EPSILON = 1e-3
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name not in supported_variants():
+        pytest.skip(f"this CPU cannot run the {name} build")
+    return name
+
+
+class Packed:
+    """Seeded bf16 cells of some lengths, their queries, and a gradient."""
+
+    def __init__(
+        self, lengths: list[int], queries: list[int] | None, heads: int, dim: int, features: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
+        self.query_offsets = torch.tensor([0, *(queries or lengths)]).cumsum(0)
+        num_keys, num_queries = int(self.offsets[-1]), int(self.query_offsets[-1])
+
+        def drawn(rows: int) -> Tensor:
+            return torch.randn(rows, heads, dim, generator=generator).bfloat16()
+
+        self.q, self.grad = drawn(num_queries), drawn(num_queries)
+        self.k, self.v = drawn(num_keys), drawn(num_keys)
+        self.projection = draw_projection(features, dim, 0)
+
+    def leaves(self, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        return [x.to(dtype).detach().clone().requires_grad_() for x in (self.q, self.k, self.v)]
+
+    def native(self, variant: str) -> list[Tensor]:
+        """Attended values and gradients."""
+        q, k, v = self.leaves()
+        out = native_attention(
+            q, k, v, self.projection, EPSILON, self.offsets, self.query_offsets, variant
+        )
+        return self._with_gradients(out, [q, k, v])
+
+    def exact(self) -> list[Tensor]:
+        q, k, v = self.leaves(torch.float64)
+        offsets = self.offsets, self.query_offsets
+        out = favor_attention(
+            q, k, v, self.projection, *offsets, kernel="reference", epsilon=EPSILON
+        )
+        return self._with_gradients(out, [q, k, v])
+
+    def _with_gradients(self, out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        out.backward(self.grad.to(out.dtype))
+        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def relative(ours: list[Tensor], exact: list[Tensor]) -> list[float]:
+    assert len(ours) == len(exact) == 4
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(Packed([70], None, 2, 64, 266), id="published width"),
+        pytest.param(Packed([33, 1, 300, 5], [5, 1, 0, 11], 3, 64, 266), id="chosen queries"),
+        pytest.param(Packed([40, 9], None, 2, 8, 24), id="narrow heads"),
+        pytest.param(Packed([100], None, 2, 40, 50), id="odd widths"),
+        pytest.param(Packed([31], None, 1, 128, 33), id="wide heads"),
+        pytest.param(Packed([256, 257], None, 1, 32, 16), id="whole blocks"),
+    ],
+)
+def test_equals_the_whole_maps(given: Packed, variant: str) -> None:
+    errors = relative(given.native(variant), given.exact())
+
+    assert max(errors) < 0.015  # worst 9e-3; a bf16 rounds by 4e-3 at most
+
+
+@pytest.mark.parametrize("norm", [0.0, 8.0, 50.0])
+def test_large_inputs_stay_finite_and_right(norm: float, variant: str) -> None:
+    given = Packed([100], None, 2, 64, 266)
+    given.q, given.k = (
+        (x.float() / x.float().norm(dim=-1, keepdim=True) * norm).bfloat16()
+        for x in (given.q, given.k)
+    )
+
+    ours = given.native(variant)
+
+    assert all(bool(x.isfinite().all()) for x in ours)
+    # Exponents reach 150 at |q| = 50, where a bf16 product of directions is off by 0.2.
+    error = float((ours[0].double() - given.exact()[0]).norm() / given.exact()[0].norm())
+    assert error < 0.2
+
+
+def test_keys_that_grow_along_the_cell(variant: str) -> None:
+    given = Packed([700], None, 1, 8, 24)
+    # Small keys have the larger exponents: the running maximum rises again and again.
+    given.k = (given.k * torch.linspace(6, 0.1, 700)[:, None, None]).bfloat16()
+
+    assert max(relative(given.native(variant), given.exact())) < 0.015
+
+
+def test_one_token_attends_to_itself(variant: str) -> None:
+    given = Packed([1, 1, 1], None, 2, 64, 266)
+
+    torch.testing.assert_close(given.native(variant)[0], given.v, rtol=0.01, atol=1e-3)
+
+
+def test_a_cell_does_not_depend_on_its_mates_nor_on_threads(variant: str) -> None:
+    together = Packed([50, 300, 7], [50, 3, 7], 3, 64, 266)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(together.native(variant))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+    alone = Packed([300], [3], 3, 64, 266)
+    alone.q, alone.grad = together.q[50:53], together.grad[50:53]
+    alone.k, alone.v = together.k[50:350], together.v[50:350]
+    parts = [results[0][0][50:53], results[0][1][50:53], *(x[50:350] for x in results[0][2:])]
+    assert all(torch.equal(a, b) for a, b in zip(alone.native(variant), parts, strict=True))
+
+
+def test_strided_views_of_a_fused_product(variant: str) -> None:
+    given = Packed([60], None, 2, 64, 266)
+    q, k, v = torch.stack([given.q, given.k, given.v], 1).unbind(1)
+    assert not k.is_contiguous()
+
+    offsets = given.offsets, given.offsets
+    ours = native_attention(q, k, v, given.projection, EPSILON, *offsets, variant)
+
+    assert torch.equal(ours, given.native(variant)[0])
+
+
+@pytest.mark.skipif(not supported_variants(), reason="this CPU cannot run the kernel")
+class TestChoice:
+    def test_auto_is_native_for_bfloat16(self) -> None:
+        given = Packed([40, 30], None, 2, 64, 266)
+        q, k, v = given.q[:60], given.k[:60], given.v[:60]
+        a, b, c = (x.view(2, 30, 2, 64) for x in (q, k, v))
+
+        for name in ("auto", "native"):
+            ours = favor_attention(a, b, c, given.projection, kernel=name)
+            offsets = torch.tensor([0, 30, 60])
+            packed = favor_attention(q, k, v, given.projection, offsets, kernel=name)
+            assert torch.equal(ours.flatten(0, 1), packed)
+            expected = native_attention(q, k, v, given.projection, 1e-4, offsets, offsets)
+            assert torch.equal(packed, expected)
+
+    def test_checkpointing_gives_the_same_gradients(self) -> None:
+        given = Packed([70], None, 2, 64, 266)
+        (q, k, v), again = given.leaves(), given.leaves()
+
+        favor_attention(q, k, v, given.projection, given.offsets).backward(given.grad)
+        out = checkpoint(
+            favor_attention, *again, given.projection, given.offsets, use_reentrant=False
+        )
+        assert isinstance(out, Tensor)
+        out.backward(given.grad)
+
+        for a, b in zip((q, k, v), again, strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_a_machine_without_it_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(favor_native, "missing", lambda: "there is no C++ compiler")
+    favor._note_fallback.cache_clear()
+    given = Packed([40], None, 2, 64, 266)
+    arguments = given.q, given.k, given.v, given.projection, given.offsets
+
+    with caplog.at_level(logging.INFO, logger="pretrain.favor"):
+        ours = [favor_attention(*arguments) for _ in range(3)]
+
+    assert torch.equal(ours[0], favor_attention(*arguments, kernel="torch"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention runs without the native kernel: there is no C++ compiler"
+    ]
+    with pytest.raises(ValueError, match=r"kernel is 'native', but there is no C\+\+ compiler"):
+        favor_attention(*arguments, kernel="native")
+
+
+def test_wide_heads_are_left_to_the_tiles() -> None:
+    x = torch.zeros(3, 1, 520, dtype=torch.bfloat16)
+
+    with pytest.raises(ValueError, match="heads are 520 wide, 512 at most"):
+        favor_attention(x, x, x, torch.zeros(4, 520), torch.tensor([0, 3]), kernel="native")
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("SCBERT_KERNEL_CACHE", str(tmp_path / "kernels"))
+        return tmp_path / "kernels"
+
+    def test_processes_that_start_together_compile_once(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "build.lock").touch()  # left by a process that was killed
+        code = "from pretrain.favor_native import build; print(build('avx512'))"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        named = {process.communicate()[0].strip() for process in started}
+
+        assert len(named) == 1
+        library = Path(named.pop())
+        assert sorted(path.name for path in folder.iterdir()) == ["build.lock", library.name]
+        before = library.stat().st_mtime_ns
+        assert favor_native.build("avx512") == library
+        assert library.stat().st_mtime_ns == before
+
+    def test_another_source_is_another_library(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in (1, 2):
+            source = tmp_path / f"{number}.cpp"
+            source.write_text(f"int answer() {{ return {number}; }}")
+            monkeypatch.setattr(favor_native, "SOURCE", source)
+            favor_native.build("avx512")
+
+        assert len(list(folder.glob("*.so"))) == 2
+
+    def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = tmp_path / "broken.cpp"
+        source.write_text("#error not today\n")
+        monkeypatch.setattr(favor_native, "SOURCE", source)
+
+        with pytest.raises(OSError, match=r"could not compile broken.cpp: .*not today"):
+            favor_native.build("avx512")
+
+        assert [path.name for path in folder.iterdir()] == ["build.lock"]
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+        with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler \(install g\+\+"):
+            favor_native.build("avx512")
