@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import threading
+import shutil
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import requests
 
 from finetune import registry
-from finetune.registry import (
-    DIGEST_TAG,
-    LINEAGE_TAG,
-    MANIFEST,
-    ModelVersionRef,
-    default_cache,
-    list_models,
-    make_manifest,
-    provenance_run_id,
-    register_export,
-    resolve_model,
-)
-from launchers.registry import main
-from pretrain.tracking import connect, resolve_tracking_uri, start_run
+from finetune.export_files import MANIFEST, MODEL_CARD
+from finetune.registration import LINEAGE_TAG, provenance_run_id, register_export
+from finetune.registry import ModelVersionRef, list_models, resolve_model, verify_model
+from finetune.registry_client import DIGEST_TAG, explained
+from finetune.registry_files import download
+from pretrain.mlflow_client import connect
+from tests.support.entries import write_entry
+from tests.support.mlflow_store import fresh_run, fresh_store
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One SQLite store for all tests of this module: creating it takes seconds."""
-    return resolve_tracking_uri(None, {}, tmp_path_factory.mktemp("a store"))
+    return fresh_store(tmp_path_factory.mktemp("a store"))
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     """An export whose weights differ from test to test."""
-    folder = tmp_path / "export"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(str(tmp_path).encode())
-    (folder / "config.json").write_text('{"width": 16}')
-    (folder / "genes.txt").write_text("CD3D\nCD8A\n")
-    return folder
+    return write_entry(tmp_path / "export", str(tmp_path))
 
 
 @pytest.fixture
@@ -57,7 +51,9 @@ def artifacts(ref: ModelVersionRef) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    """Return what the export itself holds."""
+    made = {MANIFEST, MODEL_CARD}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in made}
 
 
 def test_alias_and_version_give_back_what_was_registered(
@@ -65,34 +61,35 @@ def test_alias_and_version_give_back_what_was_registered(
 ) -> None:
     ref = register_export(export, "round-trip", uri=uri, alias="champion", tags={"fold": "3"})
     assert (ref.uri, ref.aliases) == ("models:/round-trip/1", ("champion",))
-    digest = hashlib.sha256(make_manifest(export)).hexdigest()
     version = connect(uri).get_model_version("round-trip", "1")
-    assert version.tags == {"fold": "3", DIGEST_TAG: digest}
+    digest = hashlib.sha256((artifacts(ref) / MANIFEST).read_bytes()).hexdigest()
+    assert version.tags == {"fold": "3", "kind": "encoder", DIGEST_TAG: digest}
+    assert (version.description or "").startswith("# round-trip\n")
 
     by_alias = resolve_model("models:/round-trip@champion", uri=uri, cache=cache)
     by_version = resolve_model("models:/round-trip/1", uri=uri, cache=cache)
-    assert by_alias.path == by_version.path == cache / "round-trip" / f"1-{digest[:12]}"
+    assert by_alias.path == by_version.path == cache / digest
     assert contents(by_alias.path) == contents(export)
+    assert (by_alias.path / MODEL_CARD).read_text() == version.description
     assert (by_alias.name, by_alias.version, by_alias.alias) == ("round-trip", 1, "champion")
     assert (by_version.alias, by_version.uri) == (None, "models:/round-trip/1")
-    assert [path.name for path in by_alias.path.parent.iterdir()] == [by_alias.path.name]
+    assert list((cache / "pulls").iterdir()) == []
 
 
 def test_second_version_of_a_run_leaves_the_first_alone(
     uri: str, export: Path, cache: Path
 ) -> None:
-    with start_run(uri, "pretrain", "tiny", is_first=True) as run:
-        pass
-    options: dict[str, Any] = {"uri": uri, "alias": "champion", "run_id": run.run_id}
+    run_id = fresh_run(uri)
+    options: dict[str, Any] = {"uri": uri, "alias": "champion", "run_id": run_id}
     first = register_export(export, "two", **options)
     before = contents(export)
     assert register_export(export, "two", **options) == first  # repeating adds nothing
-    (export / "model.safetensors").write_bytes(b"more training")
-    (export / "card.md").write_text("better")
+    flip_a_byte(export)
+    (export / "notes.md").write_text("better")
     second = register_export(export, "two", **options)
 
     assert second.uri == "models:/two/2"
-    assert connect(uri).get_model_version("two", "2").run_id == run.run_id
+    assert connect(uri).get_model_version("two", "2").run_id == run_id
     assert contents(resolve_model(first.uri, uri=uri, cache=cache).path) == before
     moved = resolve_model("models:/two@champion", uri=uri, cache=cache)
     assert contents(moved.path) == contents(export)
@@ -104,11 +101,24 @@ def test_a_pulled_model_can_be_registered_again(uri: str, export: Path, cache: P
     register_export(export, "origin", uri=uri, alias="champion")
     pulled = resolve_model("models:/origin@champion", uri=uri, cache=cache)
     lineage = {LINEAGE_TAG: "models:/origin@champion"}
-    register_export(pulled.path, "copy", uri=uri, tags=lineage)
+    ref = register_export(pulled.path, "copy", uri=uri, tags=lineage)
     # An alias may move later: the tag keeps the version.
     assert connect(uri).get_model_version("copy", "1").tags[LINEAGE_TAG] == "models:/origin/1"
+    assert contents(resolve_model(ref.uri, uri=uri, cache=cache).path) == contents(export)
     with pytest.raises(ValueError, match="origin has no version 9; it has: 1"):
         register_export(export, "copy", uri=uri, tags={LINEAGE_TAG: "models:/origin/9"})
+
+
+def test_lineage_is_what_the_export_records(
+    uri: str, export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_export(export, "parent", uri=uri)
+    for number, parent in enumerate(["models:/parent/1", "models:/elsewhere/4", "a/folder"]):
+        child = write_entry(tmp_path / str(number), provenance={"pretrained": parent})
+        ref = register_export(child, "child", uri=uri)
+        tags = connect(uri).get_model_version("child", str(ref.version)).tags
+        assert tags.get(LINEAGE_TAG) == (parent if number == 0 else None)
+    assert caplog.text.count("is not in this registry") == 1  # a folder is no reference
 
 
 def test_path_is_taken_as_it_is(export: Path) -> None:
@@ -129,30 +139,156 @@ def test_cache_is_used_and_checked(
     def no_download(*arguments: Any) -> None:
         raise AssertionError("the cache was not used")
 
-    monkeypatch.setattr(registry, "_download", no_download)
+    monkeypatch.setattr(registry, "download", no_download)
     assert resolve_model(ref.uri, uri=uri, cache=cache).path == path
 
 
-def test_tasks_that_pull_at_once_all_get_the_model(uri: str, export: Path, cache: Path) -> None:
+def test_tasks_that_pull_at_once_all_get_the_model(
+    uri: str, export: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ref = register_export(export, "crowd", uri=uri)
-    found: list[dict[str, bytes]] = []
+    downloads: list[Path] = []
 
-    def task() -> None:
-        found.append(contents(resolve_model(ref.uri, uri=uri, cache=cache).path))
+    def counted(source: str, folder: Path, digest: str, address: str) -> None:
+        downloads.append(folder)
+        download(source, folder, digest, address)
 
-    threads = [threading.Thread(target=task) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [contents(export)] * 6
-    assert len(list((cache / "crowd").iterdir())) == 1
+    monkeypatch.setattr(registry, "download", counted)
+    with ThreadPoolExecutor(16) as tasks:
+        pulls = [tasks.submit(resolve_model, ref.uri, uri=uri, cache=cache) for _ in range(16)]
+    assert [contents(pull.result().path) for pull in pulls] == [contents(export)] * 16
+    assert len(downloads) == 1
+
+
+def test_an_alias_that_moves_during_the_pull_changes_nothing(
+    uri: str, export: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_export(export, "moving", uri=uri, alias="champion")
+    other = write_entry(tmp_path / "other", "other weights")
+
+    def moved(source: str, folder: Path, digest: str, address: str) -> None:
+        register_export(other, "moving", uri=uri, alias="champion")
+        download(source, folder, digest, address)
+
+    monkeypatch.setattr(registry, "download", moved)
+    pulled = resolve_model("models:/moving@champion", uri=uri, cache=cache)
+    assert pulled.version == 1
+    assert contents(pulled.path) == contents(export)
+    monkeypatch.setattr(registry, "download", download)
+    again = resolve_model("models:/moving@champion", uri=uri, cache=cache)
+    assert (again.version, contents(again.path)) == (2, contents(other))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        pytest.param(ConnectionResetError("reset"), "broke off, nothing kept", id="connection"),
+        pytest.param(requests.ConnectionError("http://a:b@h"), r"try again \(http://h", id="http"),
+        pytest.param(OSError(errno.ENOSPC, "full"), "the disk of .* is full", id="disk"),
+    ],
+)
+def test_a_pull_that_breaks_off_leaves_nothing(
+    uri: str,
+    export: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    message: str,
+) -> None:
+    import mlflow.artifacts
+
+    ref = register_export(export, "broken-off", uri=uri)
+    whole = mlflow.artifacts.download_artifacts
+
+    def half(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
+        if artifact_uri.endswith(".safetensors"):
+            (Path(dst_path) / "model.safetensors").write_bytes(b"ha")
+            raise error
+        return str(whole(artifact_uri=artifact_uri, dst_path=dst_path, tracking_uri=tracking_uri))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.artifacts, "download_artifacts", half)
+        with pytest.raises(ValueError, match=message):
+            resolve_model(ref.uri, uri=uri, cache=cache)
+    assert {path.name for path in cache.iterdir()} == {"locks", "pulls"}
+    assert list((cache / "pulls").iterdir()) == []
+    assert contents(resolve_model(ref.uri, uri=uri, cache=cache).path) == contents(export)
+
+
+def test_a_disk_too_small_is_found_before_the_download(
+    uri: str, export: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = register_export(export, "small-disk", uri=uri)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20))
+    with pytest.raises(ValueError, match="is full; free some space, or set XDG_CACHE_HOME"):
+        resolve_model(ref.uri, uri=uri, cache=cache)
+
+
+def test_offline_takes_what_was_pulled(
+    uri: str, export: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_export(export, "offline", uri=uri, alias="champion")
+    pulled = resolve_model("models:/offline@champion", uri=uri, cache=cache)
+    monkeypatch.setattr(registry, "open_registry", lambda uri: pytest.fail("was asked"))
+    again = resolve_model("models:/offline@champion", uri=uri, cache=cache, offline=True)
+    assert again == pulled
+    monkeypatch.setenv("SCBERT_OFFLINE", "1")
+    assert resolve_model("models:/offline@champion", uri=uri, cache=cache) == pulled
+    with pytest.raises(
+        ValueError, match=r"models:/ofline@champion of .* did you mean models:/offline@champion\?"
+    ):
+        resolve_model("models:/ofline@champion", uri=uri, cache=cache)
+    (pulled.path / "genes.txt").write_text("other")
+    with pytest.raises(ValueError, match="pull it once without --offline"):
+        resolve_model("models:/offline@champion", uri=uri, cache=cache)
+
+
+def test_verify_reads_what_the_registry_holds(uri: str, export: Path, cache: Path) -> None:
+    ref = register_export(export, "verified", uri=uri)
+    assert verify_model(ref.uri, uri=uri) == 4  # the export's three and the card
+    assert verify_model(export) == 3
+    pulled = resolve_model(ref.uri, uri=uri, cache=cache).path
+    assert verify_model(pulled) == 4
+    flip_a_byte(artifacts(ref))
+    assert resolve_model(ref.uri, uri=uri, cache=cache).path == pulled  # the cache is whole
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        verify_model(ref.uri, uri=uri)
+    flip_a_byte(pulled)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        verify_model(pulled)
+
+
+def test_no_credentials_anywhere(
+    uri: str,
+    export: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secret = "hunter2"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = json.loads((export / "config.json").read_text())
+    config["provenance"] = {"git_commit": f"https://me:{secret}@host/repository"}
+    (export / "config.json").write_text(json.dumps(config))
+    caplog.set_level("DEBUG")
+    with pytest.raises(ValueError, match="it does not answer") as refused:
+        resolve_model("models:/x@y", uri=f"http://me:{secret}@127.0.0.1:9", cache=cache)
+    said = "".join(traceback.format_exception(refused.value)) + caplog.text
+    assert secret not in said
+    ref = register_export(export, "secret", uri=uri, alias="champion")
+    version = connect(uri).get_model_version("secret", "1")
+    assert version.tags["git_commit"] == "https://host/repository"
+    texts = [ref.source, str(version.description), *version.tags.values(), caplog.text]
+    pulled = resolve_model("models:/secret@champion", uri=uri, cache=cache)
+    texts += [(pulled.path / MODEL_CARD).read_text()]
+    texts += [path.read_text() for path in (cache / "references").iterdir()]
+    assert [text for text in texts if secret in text] == []
 
 
 def flip_a_byte(folder: Path) -> None:
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
-    data[3] ^= 1
+    data[-1] ^= 1
     weights.write_bytes(data)
 
 
@@ -201,7 +337,7 @@ def test_changed_artifacts_are_refused(
     tamper(artifacts(ref))
     with pytest.raises(ValueError, match=message):
         resolve_model(ref.uri, uri=uri, cache=cache)
-    assert list((cache / "tampered").iterdir()) == []  # nothing was published
+    assert {path.name for path in cache.iterdir()} == {"locks", "pulls"}  # nothing was published
 
 
 @pytest.mark.parametrize("name", ["../../evil.txt", "/tmp/evil.txt", "model.pt", ".hidden.txt"])
@@ -274,7 +410,7 @@ def test_registry_is_more_patient_than_a_tracker(uri: str, monkeypatch: pytest.M
     monkeypatch.setenv(names[0], "10")  # what a tracker set in this process
     monkeypatch.setenv(names[1], "9")  # what the user set
     connect(uri)
-    with registry._explained(uri):
+    with explained(uri):
         assert [os.environ[name] for name in names] == ["60", "9"]
     assert [os.environ[name] for name in names] == ["10", "9"]
 
@@ -290,35 +426,7 @@ def test_registry_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_run_named_in_the_export(uri: str, export: Path) -> None:
     assert provenance_run_id(export, uri=uri) is None
-    with start_run(uri, "pretrain", "tiny", is_first=True) as run:
-        pass
-    for run_id, expected in ((run.run_id, run.run_id), ("0" * 32, None), ("odd", None)):
+    mine = fresh_run(uri)
+    for run_id, expected in ((mine, mine), ("0" * 32, None), ("odd", None)):
         (export / "config.json").write_text(json.dumps({"provenance": {"run_id": run_id}}))
         assert provenance_run_id(export, uri=uri) == expected
-
-
-def test_default_cache() -> None:
-    assert default_cache({"XDG_CACHE_HOME": "/c"}) == Path("/c/scbert/models")
-    assert default_cache({}) == Path.home() / ".cache" / "scbert" / "models"
-
-
-def test_launcher(
-    uri: str,
-    export: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    address = ["--tracking-uri", uri]
-    target = tmp_path / "there" / "model"
-    alias = ["--alias", "champion"]
-    assert main(["register", str(export), "--name", "shell", *alias, *address]) == 0
-    assert capsys.readouterr().out == "models:/shell/1\n"
-    assert main(["list", *address]) == 0
-    assert "models:/shell/1 @champion\n" in capsys.readouterr().out
-    pull = ["pull", "models:/shell@champion", "--to", str(target), *address]
-    assert main(pull) == 0
-    assert contents(target) == contents(export)
-    assert main(pull) == 2
-    assert "exists; name a folder" in capsys.readouterr().err
