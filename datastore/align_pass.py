@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from datastore.packing import (
     PackedCells,
     cells_of,
-    content_digests,
     pack_counts,
+    packed_digests,
     unpack_counts,
 )
 from datastore.plan import Plan, Shuffle, Slice
@@ -163,7 +163,7 @@ def _align(
             raise ValueError(f"{source.source.path}: {error}; give the raw counts") from error
         cells.append(block)
         if alignment.with_digests:
-            digests.append(content_digests(block, alignment.num_genes))
+            digests.append(packed_digests(block, alignment.num_genes))
         counts = on_panel = int(raw.data.sum(dtype=np.float64))  # whole numbers below 2^53
         if len(block.packed) < raw.nnz:  # some counts were dropped, or summed
             on_panel = int(unpack_counts(block.packed).sum(dtype=np.uint64))

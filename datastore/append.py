@@ -68,9 +68,8 @@ def _write(
     """
     if not start_or_continue(work, plan, _identity(plan, tables, store)):
         _remove_beyond_the_manifest(store)
-    first = len(store.header.partitions)
     columns = list(dict.fromkeys([*_columns(store), *plan.obs_columns]))
-    return write_generation(work, plan, store.panel, tables, columns, compute, first)
+    return write_generation(work, plan, store.panel, tables, columns, compute, store)
 
 
 def _columns(store: CellStore) -> list[str]:

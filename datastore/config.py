@@ -119,8 +119,9 @@ class StoreConfig:
     min_genes: int = 200
     """Drop cells with fewer expressed panel genes than this (scBERT, Methods)."""
     duplicates: Literal["report", "drop", "keep"] = "report"
-    """Cells with the same counts as an earlier one of this ingest: say how many each two sources
-    share and keep them, drop all but the first, or do not look for them."""
+    """Cells with the same counts as an earlier one of this ingest or of the store appended to: say
+    how many each two sources share and keep them, drop all but the first, or do not look for
+    them. Looking reads the store that is appended to once."""
     seed: int = 0
     """Seed of the one shuffle that all cells get when they are written. An appended generation is
     shuffled by the store's seed and its own number."""

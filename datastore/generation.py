@@ -3,7 +3,8 @@
 1. Pass 1 (`align_pass`), a task per slice of a source (per source, if it can only be decoded
    whole): decode, check, align to the panel, drop poor cells, give each cell its place in the
    shuffle, and spool the cells in that order.
-2. Look for cells that occur more than once (`duplicates`), a task per range of hashes.
+2. Look for cells that occur more than once, or are in the store (`duplicates`), a task per range
+   of hashes.
 3. Pass 2 (`write_pass`), a task per partition: gather its cells from all spools, write one AnnData
    part and its record.
 4. Number the partitions, and write what became of each source.
@@ -26,7 +27,7 @@ from datastore.harmonize import Harmonization, write_report
 from datastore.plan import Plan
 from datastore.scanning import or_broken, usable
 from datastore.sources import Source
-from datastore.store import RECORDS, generation_folder, record_path
+from datastore.store import RECORDS, CellStore, generation_folder, record_path
 from datastore.store_writing import write_measured
 from datastore.workers import Compute
 from datastore.write_pass import WrittenPart, part_folder, part_record, write_partitions
@@ -64,7 +65,7 @@ def write_generation(
     tables: GeneTables,
     columns: Sequence[str],
     compute: Compute,
-    first_partition: int = 0,
+    store: CellStore | None = None,
 ) -> Generation:
     """Write partitions, records and reports below `work/store`; what is there already stays.
 
@@ -75,7 +76,7 @@ def write_generation(
         tables: What foreign gene names stand for.
         columns: Columns of obs besides source and row.
         compute: Where tasks run.
-        first_partition: Number of the first partition.
+        store: Store that they are appended to.
 
     Raises:
         BrokenSources: If some turn out to be unusable, after all have been looked at.
@@ -88,9 +89,12 @@ def write_generation(
             f"no cell has {plan.config.min_genes} expressed panel genes or more; lower min_genes "
             "(shallow or already filtered cells) or choose another panel"
         )
-    shared = [] if plan.config.duplicates == "keep" else find_duplicates(work, plan, compute)
+    shared = []
+    if plan.config.duplicates != "keep":
+        shared = find_duplicates(work, plan, compute, store)
     written = write_partitions(work, plan, panel, columns, compute)
-    partitions = _collect(work, written, first_partition)
+    first = 0 if store is None else len(store.header.partitions)
+    partitions = _collect(work, written, first)
     _write_reports(work / "store", plan, panel, matched, tallies, shared, tables)
     lines = _source_lines(plan, matched.lines, tallies, shared)
     _log_cells(plan, lines, shared)

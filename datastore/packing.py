@@ -135,28 +135,37 @@ def widen(packed: Packed) -> Packed:
     return unpack_genes(packed).astype(_WIDE) << np.uint64(32) | unpack_counts(packed)
 
 
-def content_digests(cells: PackedCells, num_genes: int) -> NDArray[np.uint64]:
+def packed_digests(cells: PackedCells, num_genes: int) -> NDArray[np.uint64]:
+    """Hash each cell's counts; see `content_digests`."""
+    genes, counts = unpack_genes(cells.packed), unpack_counts(cells.packed)
+    return content_digests(cells.indptr, genes, counts, num_genes)
+
+
+def content_digests(
+    indptr: NDArray[np.int64], genes: NDArray[Any], counts: NDArray[Any], num_genes: int
+) -> NDArray[np.uint64]:
     """Hash each cell's counts to 64 bits; of cells that differ, one pair in 2^64 collides.
 
     The sum of each count times a random number of its gene, modulo 2^64.
 
     Args:
-        cells: The cells.
+        indptr: Where each cell's counts begin, and their number at the end, (B + 1,).
+        genes: Panel position of each count, (nnz,).
+        counts: The counts, unsigned whole numbers, (nnz,).
         num_genes: Length of the panel, G.
 
     Returns:
         Hashes, (B,); 0 for a cell without counts.
     """
     weights = mix(derive_key(0, "content"), np.arange(num_genes)) | np.uint64(1)
-    digests = np.zeros(len(cells.indptr) - 1, np.uint64)
-    filled = np.flatnonzero(cells.num_genes)
+    digests = np.zeros(len(indptr) - 1, np.uint64)
+    filled = np.flatnonzero(np.diff(indptr))
     for first in range(0, len(filled), _CELLS_HASHED_AT_ONCE):
         rows = filled[first : first + _CELLS_HASHED_AT_ONCE]
-        start, stop = cells.indptr[rows[0]], cells.indptr[rows[-1] + 1]
-        packed = cells.packed[start:stop]
-        products = weights[unpack_genes(packed)]
-        products *= unpack_counts(packed)
-        digests[rows] = np.add.reduceat(products, cells.indptr[rows] - start)
+        start, stop = indptr[rows[0]], indptr[rows[-1] + 1]
+        products = weights[genes[start:stop]]
+        products *= counts[start:stop]
+        digests[rows] = np.add.reduceat(products, indptr[rows] - start)
     return digests
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from datastore import duplicates
+from datastore.append import append_store
 from datastore.config import PanelConfig
 from datastore.ingest import build_store
 from datastore.store import CellStore, generation_folder
 from tests.support.cells import (
     RawCells,
+    Stop,
     align_by_hand,
     file_bytes,
     gene_names,
@@ -109,6 +111,54 @@ def test_all_but_the_first_are_dropped_when_asked(
     contents = [counts.tobytes() for counts in found.values()]
     assert len(set(contents)) == len(contents) == built.num_cells
     assert sum(line["cells_kept"] for line in built.header.sources) == built.num_cells
+
+
+@pytest.fixture
+def grown_from(tmp_path: Path, sources: list[str]) -> CellStore:
+    """A store of the first of the sources, two of whose cells are the same."""
+    (tmp_path / "panel.txt").write_text("\n".join(gene_names(12)))
+    panel = PanelConfig(file=str(tmp_path / "panel.txt"))
+    return build_store(store_config(sources[:1], tmp_path / "s.zarr", panel=panel))
+
+
+@pytest.mark.parametrize("cells_at_once", [2**22, 20])
+def test_an_append_knows_the_cells_of_the_store(
+    sources: list[str],
+    grown_from: CellStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cells_at_once: int,
+) -> None:
+    monkeypatch.setattr(duplicates, "_CELLS_AT_ONCE", cells_at_once)
+    assert grown_from.header.sources[0]["cells_repeated"] == 1
+    with caplog.at_level(logging.WARNING, "datastore"):
+        grown = append_store(store_config(sources[1:], grown_from.path, append=True))
+    pairs, repeated = by_dictionary(grown)
+    del pairs["a", "a"]  # what the store repeats itself is no news
+    report = json.loads((generation_folder(grown.path, 1) / "harmonization.json").read_text())
+    assert {(s["source"], s["first"]): s["cells"] for s in report["shared_cells"]} == pairs
+    assert {first for _, first in pairs} >= {"a", "b"}
+    for line in grown.header.sources:
+        assert line["cells_repeated"] == sum(name == line["name"] for name, _ in repeated)
+    assert grown.num_cells == 75
+    assert "have the counts of earlier cells of a: kept" in caplog.text
+
+
+def test_an_append_drops_what_the_store_has(
+    sources: list[str], grown_from: CellStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = store_config(sources[1:], grown_from.path, append=True, duplicates="drop", workers=1)
+    with monkeypatch.context() as patch:
+        Stop(patch, duplicates, "_find_in_range").at = 1
+        with pytest.raises(OSError, match="the disk is full"):
+            append_store(config)
+    read = Stop(monkeypatch, duplicates, "open_store")
+    grown = append_store(config)
+    assert read.calls == 0  # the hashes of the store's cells are among the work that was kept
+    _, repeated = by_dictionary(grown)
+    every = {(cells.name, row) for cells in CELLS for row in range(len(cells.counts))}
+    in_store = {(name, row) for name, row in repeated if name == "a"}
+    assert stored_cells(grown).keys() == every - (repeated - in_store)
 
 
 def test_nothing_is_looked_for_when_all_are_kept(tmp_path: Path, sources: list[str]) -> None:

@@ -11,8 +11,8 @@ from datastore.genes import align_counts
 from datastore.packing import (
     PackedCells,
     cells_of,
-    content_digests,
     pack_counts,
+    packed_digests,
     unpack_counts,
     unpack_genes,
     widen,
@@ -130,7 +130,7 @@ def test_cells_of_two_widths_come_in_one() -> None:
 def test_equal_cells_have_equal_hashes_and_others_do_not() -> None:
     counts = matrix(400, 12, share=0.5, high=3)
     counts = counts[counts.any(axis=1)]
-    hashes = content_digests(pack_counts(sparse.csr_matrix(counts), np.arange(12), 12), 12)
+    hashes = packed_digests(pack_counts(sparse.csr_matrix(counts), np.arange(12), 12), 12)
     by_content: dict[bytes, set[int]] = {}
     for row, value in zip(counts, hashes.tolist(), strict=True):
         by_content.setdefault(row.tobytes(), set()).add(value)
@@ -143,15 +143,15 @@ def test_hashes_do_not_depend_on_width_or_neighbours() -> None:
     counts[:, 0] = 1
     narrow = pack_counts(sparse.csr_matrix(counts), np.arange(12), 12)
     wide = PackedCells(narrow.indptr, widen(narrow.packed))
-    hashes = content_digests(narrow, 12)
-    np.testing.assert_array_equal(content_digests(wide, 12), hashes)
+    hashes = packed_digests(narrow, 12)
+    np.testing.assert_array_equal(packed_digests(wide, 12), hashes)
     rows = np.random.default_rng(0).permutation(50)
     mixed = pack_counts(sparse.csr_matrix(counts[rows]), np.arange(12), 12)
-    np.testing.assert_array_equal(content_digests(mixed, 12), hashes[rows])
+    np.testing.assert_array_equal(packed_digests(mixed, 12), hashes[rows])
     counts[rows[:20]] = 0
     hashes[rows[:20]] = 0
     some_empty = pack_counts(sparse.csr_matrix(counts), np.arange(12), 12)
-    np.testing.assert_array_equal(content_digests(some_empty, 12), hashes)
+    np.testing.assert_array_equal(packed_digests(some_empty, 12), hashes)
 
 
 def test_near_cells_have_other_hashes() -> None:
@@ -167,4 +167,4 @@ def test_near_cells_have_other_hashes() -> None:
         near.append(moved)
     unique = np.unique(np.array(near), axis=0)
     cells = pack_counts(sparse.csr_matrix(unique), np.arange(6), 6)
-    assert len(np.unique(content_digests(cells, 6))) == len(unique)
+    assert len(np.unique(packed_digests(cells, 6))) == len(unique)
