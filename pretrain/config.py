@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from datastore.config import BinningConfig, OrderConfig, SelectionConfig
 
@@ -44,6 +44,12 @@ class EncoderConfig:
     """Keep only the states between blocks and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
+        for name, choices in get_type_hints(type(self)).items():
+            if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"encoder.{name} is {getattr(self, name)!r}; choose one of "
+                    f"{', '.join(get_args(choices))}"
+                )
         if self.num_zeros < 0:
             raise ValueError(f"encoder.num_zeros is {self.num_zeros}; give 0 or more")
         if self.num_zeros and self.sequence == "full":
