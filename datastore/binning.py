@@ -78,6 +78,25 @@ def bin_cells(
     return bins
 
 
+def expression_values(
+    indptr: NDArray[np.int64], counts: NDArray[np.generic], config: BinningConfig
+) -> NDArray[np.float32]:
+    """Give log2(1 + x) of each count of cells in CSR form, x being the count scaled as for bins.
+
+    Args:
+        indptr: Row starts, (B + 1,), beginning at 0.
+        counts: Stored counts, (nnz,).
+        config: Scale.
+
+    Returns:
+        Values, 0 or more, (nnz,); the bin is their whole part, but for the top bin.
+    """
+    library = library_sizes(indptr, counts)
+    scale = config.target_sum / np.where(library > 0, library, 1)
+    values = np.repeat(scale, np.diff(indptr)) * counts.astype(np.float64)
+    return np.log2(1.0 + values).astype(np.float32)
+
+
 def tokenize(
     indptr: NDArray[np.int64],
     genes: NDArray[np.generic],

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.arenas import Arena, ArenaCells, CellBlock, ReadPlan
-from datastore.binning import bin_cells, to_dense, tokenize
+from datastore.binning import bin_cells, expression_values, to_dense, tokenize
 from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
 from datastore.reader import CellReader, PendingCells
@@ -34,10 +34,12 @@ class TokenBatch:
     Attributes:
         positions: Store position of each cell, (B,).
         tokens: Expression bins, uint8, (B, G).
+        values: log2(1 + CP10k), float32, (B, G), if they were asked for.
     """
 
     positions: NDArray[np.int64]
     tokens: NDArray[np.uint8]
+    values: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class PackedBatch:
         offsets: First gene of each cell, and their number at the end; int64, (B + 1,).
         genes: Panel position of each expressed gene, (nnz,).
         bins: Expression bin of each, uint8, (nnz,).
+        values: log2(1 + CP10k) of each, float32, (nnz,), if they were asked for.
     """
 
     positions: NDArray[np.int64]
     offsets: NDArray[np.int64]
     genes: NDArray[np.generic]
     bins: NDArray[np.uint8]
+    values: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class CellLoader:
             decoded twice. An arena holds `windows_ahead` × `window` × `lanes` cells over all ranks,
             at 4 bytes per expressed gene, and there are two.
         bytes_ahead: Most bytes of an arena, as long as the cells of one step fit.
+        with_values: Give expression values beside the bins.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class CellLoader:
         binning: BinningConfig,
         windows_ahead: int = 1,
         bytes_ahead: int = 2**29,
+        with_values: bool = False,
     ) -> None:
         self._reader = reader
         self._sampler = sampler
@@ -96,6 +102,7 @@ class CellLoader:
         window_cells = windows_ahead * order.window * order.lanes
         self._steps_ahead = max(1, window_cells // sampler.global_batch_size)
         self._values_ahead = bytes_ahead // 4
+        self._with_values = with_values
         self._pool = BufferPool(16)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[TokenBatch]]:
@@ -115,10 +122,10 @@ class CellLoader:
         return self._batches(epoch, first_step, self._dense)
 
     def _tokens(self, cells: CellBlock) -> TokenBatch:
-        return to_tokens(cells, self._num_genes, self._binning, self._pool)
+        return to_tokens(cells, self._num_genes, self._binning, self._pool, self._with_values)
 
     def _bins(self, cells: CellBlock) -> PackedBatch:
-        return to_bins(cells, self._binning, self._pool)
+        return to_bins(cells, self._binning, self._pool, self._with_values)
 
     def _dense(self, cells: CellBlock) -> NDArray[np.float32]:
         counts = self._pool.take(len(cells.counts), np.float32)
@@ -172,16 +179,30 @@ class CellLoader:
 
 
 def to_tokens(
-    cells: CellBlock, num_genes: int, binning: BinningConfig, pool: BufferPool | None = None
+    cells: CellBlock,
+    num_genes: int,
+    binning: BinningConfig,
+    pool: BufferPool | None = None,
+    with_values: bool = False,
 ) -> TokenBatch:
     """Tokenize cells as read."""
     tokens = tokenize(cells.indptr, cells.genes, cells.counts, num_genes, binning, pool)
-    return TokenBatch(cells.positions, tokens)
+    values = None
+    if with_values:
+        each = expression_values(cells.indptr, cells.counts, binning)
+        values = to_dense(cells.indptr, cells.genes, each, num_genes, pool)
+    return TokenBatch(cells.positions, tokens, values)
 
 
 def to_bins(
-    cells: CellBlock, binning: BinningConfig, pool: BufferPool | None = None
+    cells: CellBlock,
+    binning: BinningConfig,
+    pool: BufferPool | None = None,
+    with_values: bool = False,
 ) -> PackedBatch:
     """Bin the expressed genes of cells as read."""
     bins = bin_cells(cells.indptr, cells.counts, binning, pool)
-    return PackedBatch(cells.positions, cells.indptr, cells.genes, bins)
+    values = None
+    if with_values:
+        values = expression_values(cells.indptr, cells.counts, binning)
+    return PackedBatch(cells.positions, cells.indptr, cells.genes, bins, values)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.config import EncoderConfig
 from pretrain.favor import FavorAttention, Performer, favor_attention
+from pretrain.fused import split_fused
 from pretrain.published_attention import published_attention
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -89,7 +90,7 @@ class FusedAttention(nn.Module):
         """Apply linear maps at once; each result is (n, H, d)."""
         weight = torch.cat([linear.weight for linear in maps])
         joined = nn.functional.linear(x, weight)  # (n, maps × H × d)
-        return joined.view(len(x), len(maps), self.heads, -1).unbind(1)
+        return split_fused(joined.view(len(x), len(maps), self.heads, -1))
 
 
 def build_blocks(config: EncoderConfig) -> Performer:

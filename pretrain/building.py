@@ -1,6 +1,8 @@
 """From a configuration to a model: seeded weights, gene vectors."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,28 @@ log = logging.getLogger(__name__)
 
 
 def build_model(
-    config: PretrainConfig, panel: GenePanel, vectors: Tensor | None = None
+    config: PretrainConfig,
+    panel: GenePanel,
+    vectors: Tensor | None = None,
+    construction: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> MaskedGeneModel:
-    """Build the model with the same weights on every rank; `vectors` are the genes', (G, D)."""
+    """Build the model with the same weights on every rank.
+
+    Args:
+        config: Its shape and seed.
+        panel: Its genes, G.
+        vectors: Gene vectors in panel order, (G, D).
+        construction: Gives what is entered while modules are made; see `engine.construction`.
+    """
     if config.encoder.gene_embedding == "none":
         log.warning(
             "encoder.gene_embedding is none: without gene identity the published model collapses "
             "to the commonest-bin rule; use learned or gene2vec"
         )
-    encoder = build_encoder(config.encoder, config.binning, len(panel), config.seed, vectors)
-    with torch.random.fork_rng(devices=[]):
+    encoder = build_encoder(
+        config.encoder, config.binning, len(panel), config.seed, vectors, construction()
+    )
+    with torch.random.fork_rng(devices=[]), construction():
         torch.manual_seed(config.seed)
         return MaskedGeneModel(encoder)
 

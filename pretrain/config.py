@@ -30,7 +30,7 @@ class EncoderConfig:
     log2(1 + CP10k) is to each bin's learned centre."""
     sequence: Literal["full", "expressed"] = "full"
     """What the model sees of a cell: every gene of the panel (the published model), or only genes
-    of bin 1 or more, about ten times fewer; another model, that knows nothing of absent genes."""
+    of bin 1 or more, about one in twenty; another model, that knows nothing of absent genes."""
     num_zeros: int = 0
     """Genes of bin 0 that each cell shows besides in pretraining, drawn anew each epoch (only with
     `sequence` expressed)."""

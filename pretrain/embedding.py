@@ -55,7 +55,7 @@ class ContinuousExpression(nn.Embedding):
         middle = torch.arange(binning.top_bin + 1, dtype=torch.float32) + 0.5
         middle[0] = 0.0
         self.centres = nn.Parameter(middle)
-        self.sharpness = nn.Parameter(torch.full((), 4.0))
+        self.sharpness = nn.Parameter(torch.full((1,), 4.0))
 
     def forward(self, values: Tensor) -> Tensor:
         """Embed values log2(1 + CP10k), or `HIDDEN`, of any shape; a dimension D is added."""

@@ -13,6 +13,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,6 +132,21 @@ def look_at_build_lock(folder: Path, now: float) -> None:
             log.info("another process compiles a kernel; if none does, delete %s", lock)
 
 
+def construction(config: PretrainConfig, ranks: Ranks) -> Callable[[], AbstractContextManager[Any]]:
+    """Say how modules are made so that under ZeRO 3 no rank ever holds the whole model.
+
+    Returns:
+        Gives a context in which each weight is cut as soon as it is there, anew for each use;
+        one that does nothing without ZeRO 3, or for one rank, which holds everything anyway.
+    """
+    extra = read_deepspeed_json(config.deepspeed)
+    if extra.get("zero_optimization", {}).get("stage") != 3 or ranks.world_size == 1:
+        return nullcontext
+    deepspeed = _import_deepspeed(ranks)
+    content = deepspeed_config(config, ranks.world_size, extra)
+    return partial(deepspeed.zero.Init, config_dict_or_path=content)
+
+
 class TrainingEngine:
     """A DeepSpeed engine behind the few calls that the training loop makes."""
 
@@ -236,13 +253,18 @@ class TrainingEngine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """Full weights on the CPU, on every rank (ZeRO 3 gathers them)."""
-        with self._gather(list(self.model.parameters())):
-            return {
-                name: value.detach().float().cpu().clone()
-                for name, value in self.model.state_dict().items()
-            }
+    def whole_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """Gather the full weights on the CPU, one at a time; all ranks take part.
+
+        Args:
+            keep: Whether this rank wants them; else it gets none and makes no room.
+        """
+        weights = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            with self._gather([value] if hasattr(value, "ds_id") else []):
+                if keep:
+                    weights[name] = value.detach().float().cpu().clone()
+        return weights
 
     @property
     def optimizer_step(self) -> int:

@@ -1,10 +1,12 @@
 // FAVOR+ attention, forward and backward, for bf16 inputs on x86-64 CPUs with AVX-512.
 //
 // pretrain/favor_tiled.py tells the formulas; the names here are the same (S, z, dS, dz, e). A
-// worker takes one head of one cell at a time and walks along its tokens in strips of 32 rows, so
-// that a strip's exponents (32 x m), the features made of them and all matrices they meet stay in
-// the second cache. Nothing as long as the cell and as wide as m is ever written. One worker does
-// the whole of a head, in one order: the result does not depend on the number of threads.
+// worker takes some heads of a cell and walks along its tokens in strips of 32 rows, so that a
+// strip's exponents (32 x m), the features made of them and all matrices they meet stay in the
+// second cache. Nothing as long as the cell and as wide as m is ever written. Every 256 tokens it
+// goes on to the next head: heads lie side by side in memory, and passing along the whole cell for
+// each of them takes a tenth longer. One worker does the whole of a
+// head, in one order: the result does not depend on the number of threads.
 //
 // There is one kind of matrix product, `multiply`: C (32 x N, float) = A (32 x K, bf16, rows) times
 // B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what both the
@@ -50,7 +52,8 @@ struct Call {  // mirrored by ctypes in pretrain/favor_native.py
 namespace {
 
 constexpr int STRIP = 32;  // rows at a time
-constexpr int BLOCK = 256; // rows whose features are kept until they are summed
+constexpr int BLOCK = 256;  // rows whose features are kept until they are summed
+constexpr i64 MOST_HEADS = 16;  // of a worker: what is kept for each, 150 KB, has to stay in cache
 constexpr float LOG2E = 1.44269504089f;
 
 i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
@@ -216,12 +219,20 @@ struct Worker {
   bf16 *strip, *other, *third, *e_rows;  // a strip of q, k, v or grad (32 x D); features as A
   uint32_t* e_pairs;                     // a block's features, paired along the tokens (256 x M)
   bf16* columns;                         // a block of v or grad, transposed (D x 256)
-  float *sum, *count, *floor;            // S or dS, transposed (D x M); z or dz (M); Σ of v or grad
-  uint32_t *by_feature, *by_width;       // S or dS as B: summed over m, (MK x D), or d, (D x M)
   uint32_t *forth, *back;                // directions as B: (D x M), and transposed (MK x D)
   i64 filled = 0;                        // rows of the block
 
-  explicit Worker(const Call& c)
+  struct Head {                       // what is kept for each head; the names below are the current one's
+    float *sum, *count, *floor;       // S or dS, transposed (D x M); z or dz (M); Σ of v or grad
+    uint32_t *by_feature, *by_width;  // S or dS as B: summed over m, (MK x D), or d, (D x M)
+    float maximum, base;              // largest exponent of the keys; what ε adds to divisors, to dz
+  };
+  std::vector<Head> heads;
+  i64 head = 0;  // the current one, of the call's
+  float *sum, *count, *floor;
+  uint32_t *by_feature, *by_width;
+
+  Worker(const Call& c, i64 num_heads)
       : call(c), d(c.dim), m(c.features), D(round_up(d, 32)), M(round_up(m, 16)),
         MK(round_up(m, 32)), eps(float(c.epsilon)) {
     x = make<float>(STRIP * M), dphi = make<float>(STRIP * M);
@@ -229,8 +240,10 @@ struct Worker {
     strip = make<bf16>(STRIP * D), other = make<bf16>(STRIP * D), third = make<bf16>(STRIP * D);
     e_rows = make<bf16>(STRIP * MK);
     e_pairs = make<uint32_t>(BLOCK / 2 * M), columns = make<bf16>(D * BLOCK);
-    sum = make<float>(D * M), count = make<float>(M), floor = make<float>(D);
-    by_feature = make<uint32_t>(MK / 2 * D), by_width = make<uint32_t>(D / 2 * M);
+    for (i64 h = 0; h < num_heads; ++h)
+      heads.push_back({make<float>(D * M), make<float>(M), make<float>(D),
+                       make<uint32_t>(MK / 2 * D), make<uint32_t>(D / 2 * M), 0, 0});
+    sum = heads[0].sum;
     forth = make<uint32_t>(D / 2 * M), back = make<uint32_t>(MK / 2 * D);
     // The directions, transposed, lie in `sum` for a moment: (D x M) as S does.
     for (i64 j = 0; j < m; ++j)
@@ -240,6 +253,25 @@ struct Worker {
   }
   ~Worker() { for (void* p : held) std::free(p); }
   Worker(const Worker&) = delete;
+
+  Head& turn_to(i64 first_head, i64 h) {
+    Head& own = heads[h];
+    head = first_head + h;
+    sum = own.sum, count = own.count, floor = own.floor;
+    by_feature = own.by_feature, by_width = own.by_width;
+    return own;
+  }
+
+  // Call `strip_of(own, t, n)` for the tokens [first, last) of all heads, in strips of n rows.
+  template <class Step> void walk(i64 first_head, i64 num, i64 first, i64 last, Step strip_of) {
+    for (i64 from = first; from < last; from += BLOCK)
+      for (i64 h = 0; h < num; ++h) {
+        Head& own = turn_to(first_head, h);
+        const i64 to = std::min(from + BLOCK, last);
+        for (i64 t = from; t < to; t += STRIP) strip_of(own, t, std::min<i64>(STRIP, to - t));
+        flush();
+      }
+  }
 
   template <class T> T* make(i64 n) {  // zeroed, aligned, and padded for the loads of whole vectors
     size_t bytes = round_up(n * sizeof(T), 64) + 64;
@@ -273,13 +305,18 @@ struct Worker {
   }
 
   // Copy rows [t, t + n) of a head; rows and columns beyond are zero.
-  void load(bf16* to, const Rows& from, i64 t, i64 n, i64 head) {
-    for (i64 r = 0; r < n; ++r) std::memcpy(to + r * D, from.at(t + r, head), d * 2);
+  void load(bf16* to, const Rows& from, i64 t, i64 n) {
+    for (i64 r = 0; r < n; ++r) {
+      const bf16* row = from.at(t + r, head);
+      const bf16* ahead = row + STRIP * from.token;  // the next strip's
+      for (i64 i = 0; i < d; i += 32) _mm_prefetch((const char*)(ahead + i), _MM_HINT_T0);
+      std::memcpy(to + r * D, row, d * 2);
+    }
     std::memset(to + n * D, 0, (STRIP - n) * D * 2);
   }
 
   // Round the strip in `small` (32 x D) into rows [t, t + n).
-  void store(const Rows& to, i64 t, i64 n, i64 head) {
+  void store(const Rows& to, i64 t, i64 n) {
     alignas(64) bf16 line[512];
     for (i64 r = 0; r < n; ++r) {
       for (i64 i = 0; i < D; i += 32)
@@ -430,55 +467,52 @@ struct Worker {
     return largest;
   }
 
-  void next_strip() {
-    filled += STRIP;
-    if (filled == BLOCK) flush();
-  }
+  float* saved(i64 cell) const { return call.sums + (cell * call.heads + head) * (D + 1) * M; }
 
-  void forward(i64 cell, i64 head) {
+  void forward(i64 cell, i64 first_head, i64 num) {
     const std::vector<float> ones(STRIP, 1.f);
-    float maximum = -INFINITY;
-    clear_sums();
     const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
-    for (i64 t = first; t < last; t += STRIP) {
-      const i64 n = std::min<i64>(STRIP, last - t);
-      load(strip, call.k, t, n, head), load(other, call.v, t, n, head);
+    for (i64 h = 0; h < num; ++h) turn_to(first_head, h).maximum = -INFINITY, clear_sums();
+    walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
+      load(strip, call.k, t, n), load(other, call.v, t, n);
       exponents(), half_squares(strip, n);
-      maximum = raise(maximum);
-      for (i64 r = 0; r < STRIP; ++r) row_a[r] += maximum;
+      own.maximum = raise(own.maximum);
+      for (i64 r = 0; r < STRIP; ++r) row_a[r] += own.maximum;
       features<false, true, false>(ones.data(), nullptr);
-      append_columns(other), next_strip();
+      append_columns(other);
+      filled += STRIP;
+    });
+    for (i64 h = 0; h < num; ++h) {
+      Head& own = turn_to(first_head, h);
+      add_epsilon();
+      own.base = 0;
+      for (i64 j = 0; j < m; ++j) own.base += eps * (count[j] += eps * float(last - first));
+      std::copy_n(sum, D * M, saved(cell)), std::copy_n(count, M, saved(cell) + D * M);
+      call.maxima[cell * call.heads + head] = own.maximum;
+      pack_by_feature(by_feature);
     }
-    flush(), add_epsilon();
-    float base = 0;
-    for (i64 j = 0; j < m; ++j) base += eps * (count[j] += eps * float(last - first));
-    float* saved = call.sums + (cell * call.heads + head) * (D + 1) * M;
-    std::copy_n(sum, D * M, saved), std::copy_n(count, M, saved + D * M);
-    call.maxima[cell * call.heads + head] = maximum;
-    pack_by_feature(by_feature);
-    read_queries(cell, head, base);
+    read_queries(cell, first_head, num);
   }
 
-  void read_queries(i64 cell, i64 head, float base) {
-    const i64 last = call.query_offsets[cell + 1];
-    for (i64 t = call.query_offsets[cell]; t < last; t += STRIP) {
-      const i64 n = std::min<i64>(STRIP, last - t);
-      load(strip, call.q, t, n, head);
+  void read_queries(i64 cell, i64 first_head, i64 num) {
+    const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
+    walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
+      load(strip, call.q, t, n);
       exponents(), row_maxima();
       features<true, false, false>(nullptr, count);
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r) {
-        const float divisor = row_b[r] + base;
+        const float divisor = row_b[r] + own.base;
         call.divisors[(t + r) * call.heads + head] = divisor;
         for (i64 i = 0; i < D; ++i) small[r * D + i] = (small[r * D + i] + floor[i]) / divisor;
       }
-      store(call.out, t, n, head);
-    }
+      store(call.out, t, n);
+    });
   }
 
   // other = g_a = gradient / divisor, rounded; row_b = g_b = -g_a . attended value.
-  void upstream(i64 t, i64 n, i64 head) {
-    load(other, call.grad, t, n, head), load(third, call.out, t, n, head);
+  void upstream(i64 t, i64 n) {
+    load(other, call.grad, t, n), load(third, call.out, t, n);
     for (i64 r = 0; r < STRIP; ++r) {
       const __m512 inverse = _mm512_set1_ps(r < n ? 1 / call.divisors[(t + r) * call.heads + head] : 0);
       __m512 along = _mm512_setzero_ps();
@@ -493,48 +527,51 @@ struct Worker {
     }
   }
 
-  void backward(i64 cell, i64 head) {
-    const float* saved = call.sums + (cell * call.heads + head) * (D + 1) * M;
-    const i64 last = call.query_offsets[cell + 1];
-    float along[STRIP], base = 0;
-    std::copy_n(saved, D * M, sum);
-    pack_by_width(by_width);
-    clear_sums();
-    for (i64 t = call.query_offsets[cell]; t < last; t += STRIP) {
-      const i64 n = std::min<i64>(STRIP, last - t);
-      load(strip, call.q, t, n, head);
-      upstream(t, n, head);
+  void backward(i64 cell, i64 first_head, i64 num) {
+    const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
+    float along[STRIP];
+    for (i64 h = 0; h < num; ++h) {
+      turn_to(first_head, h).base = 0;
+      std::copy_n(saved(cell), D * M, sum);
+      pack_by_width(by_width);
+      clear_sums();
+    }
+    walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
+      load(strip, call.q, t, n);
+      upstream(t, n);
       std::copy_n(row_b, STRIP, along);
-      for (i64 r = 0; r < n; ++r) base += eps * along[r];
+      for (i64 r = 0; r < n; ++r) own.base += eps * along[r];
       exponents(), row_maxima();
       features<false, true, true>(along, nullptr);
       append_columns(other);
+      filled += STRIP;
       multiply(dphi, other, D, by_width, M, D);
-      feature_gradients(along, saved + D * M);
+      feature_gradients(along, saved(cell) + D * M);
       multiply(small, e_rows, MK, back, D, MK);
-      store(call.grad_q, t, n, head);
-      next_strip();
+      store(call.grad_q, t, n);
+    });
+    for (i64 h = 0; h < num; ++h) {
+      const Head& own = turn_to(first_head, h);
+      add_epsilon();
+      for (i64 j = 0; j < m; ++j) count[j] += own.base;
+      pack_by_width(by_width), pack_by_feature(by_feature);
     }
-    flush(), add_epsilon();
-    for (i64 j = 0; j < m; ++j) count[j] += base;
-    pack_by_width(by_width), pack_by_feature(by_feature);
-    keys_backward(cell, head);
+    keys_backward(cell, first_head, num);
   }
 
-  void keys_backward(i64 cell, i64 head) {
-    const float maximum = call.maxima[cell * call.heads + head];
+  void keys_backward(i64 cell, i64 first_head, i64 num) {
     const float squared = float(call.scale * call.scale);
-    const i64 last = call.offsets[cell + 1];
-    for (i64 t = call.offsets[cell]; t < last; t += STRIP) {
-      const i64 n = std::min<i64>(STRIP, last - t);
-      load(strip, call.k, t, n, head), load(other, call.v, t, n, head);
+    const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
+    walk(first_head, num, first, last, [&](Head&, i64 t, i64 n) {
+      const float maximum = call.maxima[cell * call.heads + head];
+      load(strip, call.k, t, n), load(other, call.v, t, n);
       exponents(), half_squares(strip, n);
       for (i64 r = 0; r < STRIP; ++r) row_a[r] += maximum;
       features<true, false, true>(nullptr, nullptr);
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; ++i) small[r * D + i] += floor[i];
-      store(call.grad_v, t, n, head);
+      store(call.grad_v, t, n);
       multiply(dphi, other, D, by_width, M, D);
       feature_gradients(nullptr, count);
       multiply(small, e_rows, MK, back, D, MK);
@@ -544,26 +581,32 @@ struct Worker {
           const __m512 k = _mm512_mul_ps(load_bf16(strip + r * D + i), _mm512_set1_ps(squared * row_b[r]));
           _mm512_storeu_ps(at, _mm512_sub_ps(_mm512_loadu_ps(at), k));
         }
-      store(call.grad_k, t, n, head);
-    }
+      store(call.grad_k, t, n);
+    });
   }
 };
 
-int run(const Call* call, void (Worker::*step)(i64, i64)) {
+int run(const Call* call, void (Worker::*step)(i64, i64, i64)) {
+  // As many heads at a time as leave every thread some.
+  const i64 share = round_up(call->cells * call->heads, call->threads) / call->threads;
+  const i64 most = std::max<i64>(1, std::min({share, call->heads, MOST_HEADS}));
+  const i64 groups = round_up(call->heads, most) / most, all = call->cells * groups;
   std::atomic<i64> next{0};
   std::atomic<bool> failed{false};
-  const i64 heads = call->cells * call->heads;
   auto work = [&] {
     try {
-      Worker worker(*call);
-      for (i64 i; (i = next++) < heads;) (worker.*step)(i / call->heads, i % call->heads);
+      Worker worker(*call, most);
+      for (i64 i; (i = next++) < all;) {
+        const i64 first = i % groups * most;
+        (worker.*step)(i / groups, first, std::min(most, call->heads - first));
+      }
     } catch (const std::bad_alloc&) {
       failed = true;
     }
   };
   std::vector<std::thread> others;
   try {
-    for (i64 i = 1; i < std::min(call->threads, heads); ++i) others.emplace_back(work);
+    for (i64 i = 1; i < std::min(call->threads, all); ++i) others.emplace_back(work);
   } catch (const std::system_error&) {
   }  // no more threads to be had: those there are do the work
   work();

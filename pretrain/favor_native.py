@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.fused import empty_slices
+
 SOURCE = Path(__file__).with_name("favor_native.cpp")
 COMMON_FLAGS = (
     "-std=c++17 -O3 -w -fPIC -shared -pthread -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
@@ -210,7 +212,7 @@ class _NativeAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         grad = _dense_rows(grad.to(torch.bfloat16))
         call = _call(saved, ctx.epsilon)
-        gradients = [torch.empty(x.shape, dtype=torch.bfloat16) for x in saved[:3]]
+        gradients = empty_slices(*saved[:3])
         call.grad = _rows(grad)
         call.grad_q, call.grad_k, call.grad_v = (_rows(x) for x in gradients)
         _run(load(ctx.variant).favor_backward, call)

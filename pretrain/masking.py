@@ -3,7 +3,7 @@
 So the targets of a cell do not depend on its rank, its batch, or a restart.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from datastore.config import BinningConfig
 from datastore.loader import PackedBatch, TokenBatch
 from datastore.randomness import derive_key, mix
 from pretrain.config import MaskingConfig, PretrainConfig
+from pretrain.embedding import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class MaskedBatch:
         cells: Row of each target, (T,).
         genes: Column of each target, (T,).
         targets: True bin of each target, uint8, (T,).
+        values: What a continuous encoder sees in place of `inputs`, float32, (B, G).
     """
 
     inputs: NDArray[np.uint8]
     cells: NDArray[np.int64]
     genes: NDArray[np.int64]
     targets: NDArray[np.uint8]
+    values: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class PackedMaskedBatch:
         cells: Cell of each target, (T,).
         read: Place of each target in `inputs`, rising, (T,).
         targets: True bin of each target, uint8, (T,).
+        values: What a continuous encoder sees in place of `inputs`, float32, (n,).
     """
 
     inputs: NDArray[np.uint8]
@@ -53,6 +57,7 @@ class PackedMaskedBatch:
     cells: NDArray[np.int64]
     read: NDArray[np.int64]
     targets: NDArray[np.uint8]
+    values: NDArray[np.float32] | None = None
 
 
 def mask_batch(
@@ -61,9 +66,13 @@ def mask_batch(
     """Mask cells in the form that they come in, see `mask_tokens` and `mask_packed`."""
     if isinstance(batch, PackedBatch):
         return mask_packed(batch, draw, config, num_genes)
-    return mask_tokens(
+    masked = mask_tokens(
         batch.tokens, batch.positions, config.seed, draw, config.masking, config.binning
     )
+    if batch.values is None:
+        return masked
+    hidden = masked.inputs == config.binning.mask_token
+    return replace(masked, values=np.where(hidden, np.float32(HIDDEN), batch.values))
 
 
 def mask_tokens(
@@ -105,6 +114,7 @@ def mask_packed(
 ) -> PackedMaskedBatch:
     """Hide the same genes of the same cells as `mask_tokens`, and leave out what is in bin 0.
 
+    A continuous encoder also sees the genes below 1 count per 10,000, which are in bin 0.
     `encoder.num_zeros` genes of bin 0 come back in, or all of a cell that has fewer: which, is a
     pure function of seed, draw, cell and gene, too.
 
@@ -115,11 +125,13 @@ def mask_packed(
         num_genes: Length of the panel, G.
     """
     num_cells = len(batch.positions)
-    shown = batch.bins > 0
+    shown = batch.bins > 0 if batch.values is None else np.ones(len(batch.bins), bool)
     cells = np.repeat(np.arange(num_cells), np.diff(batch.offsets))[shown]
     genes, bins = batch.genes[shown].astype(np.int64), batch.bins[shown]
     keys = mix(derive_key(config.seed, "mask", draw), batch.positions)
-    target, kept = _choose(cells, genes, keys, config.masking)
+    expressed = np.flatnonzero(bins)
+    target, kept = _choose(cells[expressed], genes[expressed], keys, config.masking)
+    target = expressed[target]
     inputs = bins.copy()
     inputs[target[~kept]] = config.binning.mask_token
     keys = mix(derive_key(config.seed, "zeros", draw), batch.positions)
@@ -129,13 +141,19 @@ def mask_packed(
     order = np.argsort(of_cell, kind="stable")
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
+    rest = np.zeros(len(order) - len(inputs), np.uint8)  # zeros and constant positions
+    values = None
+    if batch.values is not None:
+        seen = np.where(inputs == config.binning.mask_token, HIDDEN, batch.values[shown])
+        values = np.concatenate([seen, rest])[order].astype(np.float32)
     return PackedMaskedBatch(
-        np.concatenate([inputs, np.zeros(len(order) - len(inputs), np.uint8)])[order],
+        np.concatenate([inputs, rest])[order],
         np.concatenate([genes, zeros[1], np.full(num_cells, num_genes)])[order],
         np.concatenate([[0], np.cumsum(np.bincount(of_cell, minlength=num_cells))]),
         cells[target],
         place[target],
         bins[target],
+        values,
     )
 
 

@@ -45,7 +45,9 @@ def cut_by_tokens(batch: PackedBatch, config: PretrainConfig, ranks: Ranks) -> l
 
 
 def token_counts(batch: PackedBatch, num_zeros: int) -> NDArray[np.int64]:
-    """Count what the model sees of each cell, (B,): genes of bin 1 or more, zeros, constant."""
+    """Count what the model sees of each cell, (B,): expressed genes, zeros, constant."""
+    if batch.values is not None:
+        return np.diff(batch.offsets) + num_zeros + 1
     shown = np.concatenate([[0], np.cumsum(batch.bins > 0)])
     return np.diff(shown[batch.offsets]) + num_zeros + 1
 
@@ -70,4 +72,5 @@ def _cells(batch: PackedBatch, start: int, stop: int) -> PackedBatch:
         batch.offsets[start : stop + 1] - first,
         batch.genes[first:last],
         batch.bins[first:last],
+        None if batch.values is None else batch.values[first:last],
     )

@@ -39,7 +39,8 @@ class MaskedGeneModel(nn.Module):
         """Reconstruct the targets; only they are encoded to the end.
 
         Args:
-            inputs: Tokens with hidden genes: of the whole panel, (B, G); packed, (n,).
+            inputs: Tokens with hidden genes, or values of a continuous encoder: of the whole panel,
+                (B, G); packed, (n,).
             read: Position of each target among the encoder's states, in rising order, (T,).
             targets: True bin of each target, (T,).
             genes: Packed cells: panel position of each token, (n,).
@@ -63,11 +64,12 @@ class MaskedGeneModel(nn.Module):
 def to_tensors(batch: MaskedBatch | PackedMaskedBatch, device: torch.device) -> tuple[Tensor, ...]:
     """Move a masked batch to a device, in the order of `MaskedGeneModel.forward`."""
     arrays: tuple[NDArray[Any], ...]
+    inputs = batch.inputs if batch.values is None else batch.values
     if isinstance(batch, PackedMaskedBatch):
-        arrays = (batch.inputs, batch.read, batch.targets, batch.genes, batch.offsets)
+        arrays = (inputs, batch.read, batch.targets, batch.genes, batch.offsets)
     else:
         length = batch.inputs.shape[1] + 1  # the constant position follows the genes
-        arrays = (batch.inputs, batch.cells * length + batch.genes, batch.targets)
+        arrays = (inputs, batch.cells * length + batch.genes, batch.targets)
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 

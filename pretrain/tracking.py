@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pretrain.delivery import Delivery
+from pretrain.later_delivery import OUTBOX, NoDelivery, is_put_off
 from pretrain.mlflow_client import (
     MLFLOW_SETTINGS,
     artifact_location,
@@ -103,7 +104,7 @@ def start_run(
         "experiment": experiment,
         "run_name": run_name,
         "run_id": run_id,
-        "continues": continues,
+        "continues": continues or is_put_off(),
         "parent_run_id": parent_run_id,
         "artifact_location": artifact_location(uri),
         "tags": {key: without_credentials(value) for key, value in (tags or {}).items()},
@@ -140,19 +141,20 @@ class Tracker:
         self._metrics_path = metrics_path
         self._clock = clock
         self._warned: set[str] = set()
-        self._delivery: Delivery | None = None
+        self._delivery: Delivery | NoDelivery | None = None
         if connect is None or run is None:
             return
         if metrics_path is not None:
             with self._harmless("open the metrics file"):
                 _prepare_lines(metrics_path)
-        outbox = None if metrics_path is None else metrics_path.with_name("mlflow_outbox.jsonl")
+        outbox = None if metrics_path is None else metrics_path.with_name(OUTBOX)
         self._outbox = Outbox(outbox)
         if self._outbox.num_waiting:
             logger.info("%d records of the former start go to MLflow first", self.num_undelivered)
         self._token = str(run["token"])
         self._outbox.append(run)
-        self._delivery = Delivery(self._outbox, connect)
+        put_off = is_put_off()
+        self._delivery = NoDelivery(self._outbox) if put_off else Delivery(self._outbox, connect)
 
     @property
     def run_id(self) -> str | None:
@@ -241,7 +243,7 @@ class Tracker:
             return
         self._record("end", status=status, time=self._clock())
         self._close(FLUSH_SECONDS)
-        if self.num_undelivered:
+        if self.num_undelivered and not isinstance(self._delivery, NoDelivery):
             kept = "is lost: no metrics file was given"
             if self._metrics_path is not None:
                 kept = f"is kept in {self._metrics_path.parent}: the next start there sends it"

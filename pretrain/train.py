@@ -21,7 +21,7 @@ from pretrain.building import build_model, read_gene_vectors
 from pretrain.checkpoint import TrainingState, identity, keep_panel, resume, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
-from pretrain.engine import TrainingEngine, read_deepspeed_json
+from pretrain.engine import TrainingEngine, construction, read_deepspeed_json
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in
@@ -82,11 +82,18 @@ def _pretrain(
     stop = min(total_steps, config.stop_after or total_steps)
 
     reader = CellReader(store)
-    loader = CellLoader(reader, sampler, len(store.panel), config.binning)
+    loader = CellLoader(
+        reader,
+        sampler,
+        len(store.panel),
+        config.binning,
+        with_values=config.encoder.expression == "continuous",
+    )
     validation = list(_validation_batches(reader, store, selection, config, ranks))
 
     vectors, origin = read_gene_vectors(config, store.panel)
-    engine = TrainingEngine(build_model(config, store.panel, vectors), config, ranks)
+    model = build_model(config, store.panel, vectors, construction(config, ranks))
+    engine = TrainingEngine(model, config, ranks)
     who = identity(config, store)
     checkpoints = output / "checkpoints"
     state = resume(checkpoints, engine, who, ranks) or TrainingState()
@@ -210,15 +217,17 @@ def _validation_batches(
     cells = selection.validation(config.validation_cells)
     per_rank = -(-len(cells) // ranks.world_size)
     share = np.array_split(cells, ranks.world_size)[ranks.rank]
+    with_values = config.encoder.expression == "continuous"
     if config.batch.tokens is not None:
-        yield from cut_by_tokens(to_bins(reader.read(share), config.binning), config, ranks)
+        whole = to_bins(reader.read(share), config.binning, with_values=with_values)
+        yield from cut_by_tokens(whole, config, ranks)
         return
     for positions in np.array_split(share, max(1, -(-per_rank // config.batch.micro_size))):
         block = reader.read(positions)
         if config.encoder.sequence == "expressed":
-            yield to_bins(block, config.binning)
+            yield to_bins(block, config.binning, with_values=with_values)
         else:
-            yield to_tokens(block, len(store.panel), config.binning)
+            yield to_tokens(block, len(store.panel), config.binning, with_values=with_values)
 
 
 def _start_tracker(
@@ -260,7 +269,7 @@ def _export(
 ) -> Path:
     """Write the export on the first rank; all ranks take part in gathering the weights."""
     folder = Path(config.output) / "export"
-    weights = engine.whole_weights()
+    weights = engine.whole_weights(keep=ranks.is_first)
     model = engine.model
     assert isinstance(model, MaskedGeneModel)
     if ranks.is_first:

@@ -174,6 +174,26 @@ def test_reading_nothing_gives_no_states_and_zero_gradients(
         assert not any(gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("config", [ENCODER, EXPRESSED], ids=["full", "expressed"])
+def test_no_dense_cells_give_no_states_and_zero_gradients(config: EncoderConfig) -> None:
+    encoder = build(config)
+
+    states = encoder(tiny_tokens()[:0])
+
+    assert states.shape == (0, LENGTH, 16)
+    assert not any(gradient.any() for gradient in gradients(encoder, states).values())
+
+
+def test_values_that_are_not_numbers_are_refused_before_any_computing() -> None:
+    for config in (ENCODER, EXPRESSED):
+        encoder = build(replace(config, expression="continuous"))
+        values = tiny_tokens().double()
+        assert torch.isfinite(encoder(values)).all()
+        values[1, 3] = float("nan")
+        with pytest.raises(ValueError, match="1 expression values are NaN"):
+            encoder(values)
+
+
 def changed(what: str, index: int, value: int) -> dict[str, Tensor]:
     parts = dict(zip(("genes", "tokens", "offsets"), pack(tiny_tokens()), strict=True))
     parts[what] = parts[what].long()
@@ -239,11 +259,13 @@ def test_reading_from_dense_cells_is_for_all_genes() -> None:
     ("fields", "message"),
     [
         ({"num_zeros": -1}, "encoder.num_zeros is -1"),
+        ({"kernel": "fast"}, "encoder.kernel is 'fast'; choose one of auto, native, torch, refer"),
+        ({"sequence": "some"}, "encoder.sequence is 'some'; choose one of full, expressed"),
         ({"num_zeros": 5}, "encoder.num_zeros is 5, but encoder.sequence is full"),
         ({"dim": 200, "heads": 7}, "encoder.dim is 200, not a multiple of encoder.heads 7"),
     ],
 )
-def test_impossible_shapes_are_refused(fields: dict[str, int], message: str) -> None:
+def test_impossible_shapes_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EncoderConfig(**fields)  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from datastore.loader import PackedBatch, TokenBatch
 from pretrain.config import EncoderConfig, MaskingConfig, PretrainConfig
+from pretrain.embedding import HIDDEN
 from pretrain.masking import (
     MaskedBatch,
     PackedMaskedBatch,
@@ -113,13 +114,13 @@ def test_every_absent_gene_is_as_likely_a_zero() -> None:
     _, packed = cells(10)
     absent = np.setdiff1d(np.arange(NUM_GENES), packed.genes[packed.bins > 0])
     times = np.zeros(NUM_GENES, np.int64)
-    for draw in range(2_000):
+    for draw in range(1_000):
         batch = mask_packed(packed, draw, config(6), NUM_GENES)
         times[batch.genes[:-1][batch.inputs[:-1] == 0]] += 1
 
-    assert times[absent].sum() == times.sum() == 12_000
-    # Binomial: 2,000 × 6 / 30.
-    assert np.abs(times[absent] - 400).max() < 4.5 * (2_000 * 0.2 * 0.8) ** 0.5
+    assert times[absent].sum() == times.sum() == 6_000
+    # Binomial: 1,000 × 6 / 30.
+    assert np.abs(times[absent] - 200).max() < 4.5 * (1_000 * 0.2 * 0.8) ** 0.5
 
 
 def test_no_cells() -> None:
@@ -130,6 +131,42 @@ def test_no_cells() -> None:
     assert batch.offsets.tolist() == [0]
     assert len(batch.inputs) == len(batch.genes) == len(batch.targets) == len(batch.read) == 0
     assert len(commonest_bins(batch, config().binning)) == 0
+
+
+@pytest.mark.parametrize("num_zeros", [0, 3])
+def test_values_are_hidden_where_tokens_are(num_zeros: int) -> None:
+    _, packed = cells(40, 12, 0, 33, 25, 1)
+    values = (packed.bins + 0.25).astype(np.float32)
+    with_values = replace(packed, values=values)
+
+    batch = mask_packed(with_values, 0, config(num_zeros), NUM_GENES)
+    plain = mask_packed(packed, 0, config(num_zeros), NUM_GENES)
+
+    assert batch.values is not None
+    hidden = batch.inputs == 6
+    assert (batch.values[hidden] == HIDDEN).all()
+    assert hidden.sum() == (plain.inputs == 6).sum() > 0
+    np.testing.assert_array_equal(batch.genes[batch.read], plain.genes[plain.read])
+    np.testing.assert_array_equal(batch.targets, plain.targets)
+    # Genes of bin 0 that were counted are seen, too: 0.25; those that were not are 0.
+    low = np.isclose(batch.values, 0.25)
+    assert low.sum() == (packed.bins == 0).sum() > 0
+    rest = ~hidden & ~low & (batch.inputs > 0)
+    np.testing.assert_array_equal(batch.values[rest], batch.inputs[rest] + 0.25)
+
+
+def test_values_of_whole_cells_are_hidden_where_tokens_are() -> None:
+    tokens, packed = cells(12, 30)
+    values = tokens.astype(np.float32) + 0.5
+    settings = replace(config(), encoder=EncoderConfig(expression="continuous"))
+
+    batch = mask_batch(TokenBatch(packed.positions, tokens, values), 0, settings, NUM_GENES)
+
+    assert batch.values is not None
+    hidden = batch.inputs == 6
+    assert (batch.values[hidden] == HIDDEN).all()
+    np.testing.assert_array_equal(batch.values[~hidden], values[~hidden])
+    assert hidden.any()
 
 
 def test_batches_are_masked_in_the_form_they_come_in() -> None:

@@ -86,7 +86,7 @@ def test_the_stable_numerics_are_others(tmp_path: Path) -> None:
     tokens = torch.randint(0, 7, (1, NUM_GENES), generator=torch.Generator().manual_seed(1))
     states = {}
     for attention in ("published", "stable"):
-        import_published(path, tiny_panel(), tmp_path / attention, attention)  # type: ignore[arg-type]
+        import_published(path, tiny_panel(), tmp_path / attention, attention)
         with torch.no_grad():
             states[attention] = read_export(tmp_path / attention).encoder()(tokens)
     assert float((states["published"] - states["stable"]).abs().max()) > 1e-3
@@ -117,13 +117,13 @@ def test_attention_is_the_published_formula_cell_by_cell() -> None:
             weights /= weights.sum(-1, keepdims=True)
             expected[cell, head] = weights @ v[cell, head]
     offsets = torch.tensor([0, *np.cumsum(lengths)])
-    inputs = [torch.from_numpy(x) for x in (q, k, v, directions)]
-    found = published_attention(*inputs, offsets)
+    tq, tk, tv, projection = (torch.from_numpy(x) for x in (q, k, v, directions))
+    found = published_attention(tq, tk, tv, projection, offsets)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-13)  # worst 6.7e-16
 
     read = [1, 4, 7]
     some = published_attention(
-        inputs[0][read], *inputs[1:], offsets, query_offsets=torch.tensor([0, 2, 2, 3])
+        tq[read], tk, tv, projection, offsets, query_offsets=torch.tensor([0, 2, 2, 3])
     )
     np.testing.assert_allclose(some.numpy(), expected[read], rtol=0, atol=1e-13)
 

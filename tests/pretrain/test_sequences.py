@@ -18,6 +18,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import ENCODER, NUM_GENES, tiny_config, tiny_store
 
 EXPRESSED = replace(ENCODER, sequence="expressed", num_zeros=2)
+CONTINUOUS = replace(ENCODER, expression="continuous")
 BY_CELLS = BatchConfig(global_size=16, micro_size=4)
 BY_TOKENS = BatchConfig(global_size=16, micro_size=3, tokens=60)
 """A tiny cell has about 20 tokens; 16 do not divide by 3."""
@@ -68,6 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "cells": settings(folder, "cells", batch=BY_CELLS),
         "tokens": settings(folder, "tokens"),
         "mixed up": settings(folder, "tokens", encoder=ENCODER, batch=BY_CELLS),
+        "both": settings(folder, "both", encoder=replace(CONTINUOUS, sequence="expressed")),
     }
     return Runs(folder, run_ranks(train_all, 1, folder, configs)[0])
 
@@ -76,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def spread(runs: Runs) -> Runs:
     folder, kept = runs.folder, replace(EXPRESSED, checkpointing=True)
     one = {
+        "continuous": settings(folder, "continuous", encoder=CONTINUOUS, batch=BY_CELLS),
         "stopped": settings(folder, "stopped", stop_after=3),
         "offload": settings(folder, "offload", 2, offload=True),
     }
@@ -114,6 +117,24 @@ def test_losses_do_not_depend_on_ranks_and_stage(spread: Runs, name: str) -> Non
 def test_a_stopped_training_continues_on_another_number_of_ranks(spread: Runs) -> None:
     ours, expected = spread.losses("stopped"), spread.losses("tokens")
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_continuous_values_train_packed(runs: Runs) -> None:
+    check_learned(runs, "both")
+
+
+@pytest.mark.slow
+def test_continuous_values_train_whole(spread: Runs) -> None:
+    check_learned(spread, "continuous")
+
+
+def check_learned(runs: Runs, name: str) -> None:
+    assert runs.results[name]["step"] == 8
+    losses = runs.losses(name)
+    assert losses[-1] < losses[0]
+    export = read_export(runs.folder / name / "export", "encoder")
+    assert export.encoder_config.expression == "continuous"
+    assert not torch.equal(export.weights["encoder.expression.centres"][1:], torch.arange(1.5, 6))
 
 
 def test_the_checkpoint_knows_its_sequence(runs: Runs) -> None:

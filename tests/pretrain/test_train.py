@@ -353,7 +353,7 @@ class TestExportOfCheckpoints:
         write_panel(GenePanel(tuple(reversed(tiny_panel().names))), tmp_path / "genes.txt")
         with pytest.raises(ValueError, match=r"genes\.txt does not name the genes, in order"):
             export_checkpoint(checkpoint, tmp_path / "export", tmp_path / "genes.txt")
-        alone = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+        alone = shutil.copytree(checkpoint, tmp_path / "moved" / checkpoint.name)
         with pytest.raises(FileNotFoundError, match=r"name the store's: --genes STORE/genes\.txt"):
             export_checkpoint(alone, tmp_path / "export")
         piece = next(alone.glob("*.safetensors"))

@@ -1,5 +1,7 @@
 """Who is named when ranks fall silent."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -108,3 +110,37 @@ def test_a_lost_store_is_silence_too() -> None:
     Watchdog(store, 1, 2, 0.2, leave)
     assert left.wait(10)
     assert "rank 0, rank 1 stopped, died or lost the network" in verdicts[0].reason
+
+
+FROZEN = """
+import time
+from pretrain.watchdog import Guard
+guard = Guard(1.0)
+for _ in range(10):
+    guard.tick()
+    time.sleep(0.2)
+print("lives", flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        pytest.param("import os; os.kill(os.getpid(), 19); time.sleep(60)", -9, id="stopped"),
+        pytest.param("time.sleep(60)", -9, id="no ticks"),
+        pytest.param("guard.stop(); time.sleep(1.5)", 0, id="stopped guard"),
+        pytest.param("", 0, id="ended"),
+    ],
+)
+def test_a_guard_kills_a_process_that_does_not_tick(end: str, code: int) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", FROZEN.format(end=end)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "lives\n")
+    assert time.monotonic() - started < 50

@@ -1,0 +1,347 @@
+"""Memory, speed and traffic of a pretraining before it is queued.
+
+Counted: parameters, from the model built without storage; what a forward pass keeps for the
+backward pass, from the autograd graph of small models of the same shape (it grows linearly in
+tokens and blocks); floating-point operations, from the shapes; bytes on the wire, from what each
+ZeRO stage reduces and gathers (Rajbhandari et al. 2020, section 7). Assumed: the share of a
+device's peak that is reached, see `Device`. `benchmarks/scaling.py` compares with measured runs.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from datastore.config import BinningConfig
+from datastore.randomness import derive_key
+from pretrain.config import EncoderConfig, PretrainConfig
+from pretrain.encoder import ExpressionEncoder, build_encoder
+from pretrain.objective import MaskedGeneModel
+
+Precision = Literal["fp32", "bf16"]
+EXPRESSED_SHARE: Final = 0.053
+"""Share of a PanglaoDB cell's genes that are expressed (about 900 of 16,906)."""
+BUCKET: Final = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`, elements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What one rank computes on; per second, bytes and floating-point operations."""
+
+    memory: float
+    """Bytes a rank may use."""
+    flops: dict[Precision, float]
+    """Peak of dense matrix products."""
+    bandwidth: float
+    """Peak of its memory."""
+    network: float
+    """Bytes that a rank sends between nodes, per second."""
+    link: float
+    """Bytes that a rank sends within a node, per second."""
+    reached: float = 0.35
+    """Assumed share of both peaks that training reaches; none of them was measured here."""
+
+
+DEVICES: Final = {
+    "h100": Device(
+        memory=80e9,
+        flops={"fp32": 495e12, "bf16": 989e12},
+        bandwidth=3.35e12,
+        network=50e9,
+        link=450e9,
+    ),
+    "a100": Device(
+        memory=80e9,
+        flops={"fp32": 156e12, "bf16": 312e12},
+        bandwidth=2.0e12,
+        network=25e9,
+        link=300e9,
+    ),
+}
+"""Data sheets: SXM, 80 GB; fp32 by TF32. Network: 400 and 200 Gbit/s for each GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Over how many ranks and how the state is cut."""
+
+    nodes: int = 1
+    ranks_per_node: int = 1
+    stage: int = 1
+    offload: bool = False
+    """Optimizer state and update on the host."""
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.ranks_per_node < 1:
+            raise ValueError(
+                f"nodes is {self.nodes} and gpus_per_node {self.ranks_per_node}; give 1 or more"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Elements of a model, and what one cell costs."""
+
+    trained: int
+    frozen: int
+    largest: int
+    """Elements of the largest parameter, which ZeRO 3 has whole for a moment."""
+    buffer_bytes: int
+    tokens: float
+    """Positions per cell."""
+    flops: float
+    """Of a forward pass of one cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank at the fullest moment of a step."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    host: float = 0.0
+    """In the host's memory, by offloading."""
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def measure_size(
+    config: EncoderConfig, num_genes: int, model: nn.Module | None = None
+) -> ModelSize:
+    """Count a model's elements without making room for them, and a cell's operations.
+
+    Args:
+        config: Shape of the encoder.
+        num_genes: Length of the panel, G.
+        model: Model to count, if there is one already.
+    """
+    counted = model if model is not None else _on_meta(config, num_genes)
+    sizes = [(p.numel(), p.requires_grad) for p in counted.parameters()]
+    tokens = tokens_per_cell(config, num_genes)
+    return ModelSize(
+        trained=sum(numel for numel, trained in sizes if trained),
+        frozen=sum(numel for numel, trained in sizes if not trained),
+        largest=max(numel for numel, _ in sizes),
+        buffer_bytes=config.depth * config.features * config.dim_head * 4,
+        tokens=tokens,
+        flops=config.depth * tokens * flops_per_token(config),
+    )
+
+
+def tokens_per_cell(config: EncoderConfig, num_genes: int) -> float:
+    """Positions that the encoder sees of a cell, the constant one included."""
+    if config.sequence == "full":
+        return num_genes + 1
+    return EXPRESSED_SHARE * num_genes + config.num_zeros + 1
+
+
+def flops_per_token(config: EncoderConfig) -> float:
+    """Floating-point operations of one block for one token, forward; a multiply-add is two."""
+    inner = config.heads * config.dim_head
+    linear = 4 * config.dim * inner + 2 * config.ff_mult * config.dim**2
+    attention = 4 * inner * config.features  # features of q and k, context, attended values
+    return 2.0 * (linear + attention)
+
+
+def training_flops(config: EncoderConfig, size: ModelSize) -> float:
+    """Operations of forward and backward for one cell; checkpointing computes forward twice."""
+    return size.flops * (4 if config.checkpointing else 3)
+
+
+def _on_meta(config: EncoderConfig, num_genes: int) -> nn.Module:
+    with torch.device("meta"):
+        return MaskedGeneModel(ExpressionEncoder(config, BinningConfig(), num_genes))
+
+
+def activation_bytes(config: PretrainConfig, tokens: float, precision: Precision) -> float:
+    """Bytes that the forward pass of one cell keeps for the backward pass.
+
+    Measured on models of one and two blocks over two short sequences; what they keep is linear in
+    both, so four measurements give the rest.
+    """
+    short, long = 64, 192
+    at = {
+        (depth, length): _kept_bytes(config, depth, length, precision)
+        for depth in (1, 2)
+        for length in (short, long)
+    }
+
+    def along_tokens(depth: int) -> float:
+        slope = (at[depth, long] - at[depth, short]) / (long - short)
+        return at[depth, short] + slope * (tokens + 1 - short)
+
+    block = along_tokens(2) - along_tokens(1)
+    kept = along_tokens(1) + (config.encoder.depth - 1) * block
+    if config.encoder.checkpointing:
+        plain = replace(config, encoder=replace(config.encoder, checkpointing=False, depth=2))
+        one = replace(plain, encoder=replace(plain.encoder, depth=1))
+        kept += activation_bytes(plain, tokens, precision) - activation_bytes(
+            one, tokens, precision
+        )
+    return kept
+
+
+def _kept_bytes(config: PretrainConfig, depth: int, length: int, precision: Precision) -> float:
+    """Bytes of the tensors that autograd keeps of one cell of so many genes, besides weights."""
+    encoder = replace(config.encoder, depth=depth, sequence="full", num_zeros=0)
+    model = _small_model(replace(config, encoder=encoder), length)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    weights = {w.untyped_storage().data_ptr() for w in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(value)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = model(*_one_cell(config, length)).loss
+    assert loss.requires_grad
+    return float(sum(kept.values()))
+
+
+def _small_model(config: PretrainConfig, num_genes: int) -> MaskedGeneModel:
+    encoder = build_encoder(config.encoder, config.binning, num_genes, seed=0)
+    return MaskedGeneModel(encoder)
+
+
+def _one_cell(config: PretrainConfig, num_genes: int, cells: int = 1) -> tuple[Tensor, ...]:
+    """Made-up inputs, positions to read and targets of some cells."""
+    generator = torch.Generator().manual_seed(derive_key(0, "estimate") >> 1)
+    inputs = torch.randint(0, config.binning.num_tokens, (cells, num_genes), generator=generator)
+    num_targets = max(1, int(num_genes * EXPRESSED_SHARE * config.masking.ratio))
+    starts = torch.arange(cells)[:, None] * (num_genes + 1)
+    read = (starts + torch.arange(num_targets)).flatten()
+    targets = torch.randint(0, config.binning.top_bin + 1, (len(read),), generator=generator)
+    return inputs.to(torch.uint8), read, targets
+
+
+def memory(
+    config: PretrainConfig, size: ModelSize, placement: Placement, kept_per_cell: float
+) -> Memory:
+    """Bytes on each rank, by part.
+
+    Args:
+        config: The training.
+        size: Of its model.
+        placement: How it is cut.
+        kept_per_cell: What `activation_bytes` found.
+    """
+    width = 2 if placement.precision == "bf16" else 4
+    stage, share = placement.stage, placement.world_size
+    every = size.trained + size.frozen
+    # Float32 weights and two moments; in fp32 without ZeRO these weights are the model's own.
+    optimizer = 12.0 * size.trained
+    if stage == 0:
+        optimizer -= 4.0 * size.trained * (placement.precision == "fp32")
+    else:
+        optimizer /= share
+    bucket = float(min(BUCKET, size.trained)) * width
+    parameters = width * every / (share if stage == 3 else 1)
+    gradients = width * size.trained / (share if stage >= 2 else 1)
+    buffers = float(size.buffer_bytes)
+    if stage == 3:
+        live = every if every < 1e9 else 1e9  # stage3_max_live_parameters
+        buffers += width * max(size.largest, live if share > 1 else 0) + bucket
+    elif stage or share > 1:
+        buffers += bucket
+    hidden = config.encoder.ff_mult * config.encoder.dim
+    working = width * size.tokens * (2 * hidden + 2 * config.encoder.dim)
+    cells = config.batch.micro_size
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=0.0 if placement.offload else optimizer,
+        activations=cells * (kept_per_cell + working),
+        buffers=buffers,
+        host=optimizer + width * size.trained / share if placement.offload else 0.0,
+    )
+
+
+def largest_micro_batch(
+    config: PretrainConfig, size: ModelSize, placement: Placement, kept: float, limit: float
+) -> int:
+    """Cells per forward pass that fit into `limit` bytes; 0 if not even one does."""
+    one = replace(config, batch=replace(config.batch, micro_size=1))
+    need = memory(one, size, placement, kept)
+    fixed = need.total - need.activations
+    return max(0, int((limit - fixed) // need.activations))
+
+
+def bytes_per_step(config: PretrainConfig, size: ModelSize, placement: Placement) -> float:
+    """Bytes that each rank sends in one optimizer step, by rings.
+
+    ZeRO 0 all-reduces the gradient once a step, ZeRO 1 and 2 reduce it and gather the weights.
+    ZeRO 3 gathers the weights for each forward and each backward pass; it and ZeRO 2 reduce after
+    each micro-batch.
+    """
+    ranks = placement.world_size
+    if ranks == 1:
+        return 0.0
+    width = 2 if placement.precision == "bf16" else 4
+    around = (ranks - 1) / ranks
+    micro = config.batch.accumulation_steps(ranks)
+    gradient, weights = width * size.trained, width * (size.trained + size.frozen)
+    if placement.stage == 0:
+        return around * 2 * gradient
+    if placement.stage == 1:
+        return around * 2 * gradient
+    if placement.stage == 2:
+        return around * (micro * gradient + width * size.trained)
+    return around * micro * (2 * weights + gradient)
+
+
+def seconds_per_cell(
+    config: PretrainConfig, size: ModelSize, kept: float, device: Device, precision: Precision
+) -> float:
+    """Roofline: products at the reached share of the peak, or activations through memory."""
+    compute = training_flops(config.encoder, size) / device.flops[precision]
+    traffic = 4 * kept / device.bandwidth  # written and read, forward and backward
+    return max(compute, traffic) / device.reached
+
+
+def calibrate(config: PretrainConfig, num_genes: int, cells: int, repeats: int = 3) -> float:
+    """CPU seconds per cell, forward and backward and update, of a rank with one thread here.
+
+    The median of `repeats` after one to warm up, in process time, which a busy machine hardly
+    changes.
+    """
+    model = _small_model(config, num_genes)
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad])
+    inputs = _one_cell(config, num_genes, cells)
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats + 1):
+            start = time.process_time()
+            optimizer.zero_grad()
+            model(*inputs).loss.backward()
+            optimizer.step()
+            times.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return sorted(times[1:])[repeats // 2] / cells
+
+
+def precision_of(deepspeed: dict[str, Any]) -> Precision:
+    """Read the precision off a checked DeepSpeed JSON."""
+    return "bf16" if deepspeed.get("bf16", {}).get("enabled") else "fp32"
