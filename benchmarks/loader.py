@@ -3,17 +3,14 @@
     python benchmarks/loader.py --quick                      # a minute or two, small data
     python benchmarks/loader.py --workdir DIR --python312 PY  # the full one, keeps data in DIR
 
-Each case runs in a process of its own; all cases take turns, round after round, and a ratio is the
-median over the rounds of what two cases measured in the same round. Peers are installed with pip
-into environments inside the working folder; one that cannot be installed is named, and its ratios
-are null. Ends with one line of JSON.
+Each case runs in a process of its own; all cases take turns, round after round (`turns`). Peers are
+installed with pip into environments inside the working folder; one that cannot be installed is
+named, and its ratios are null. The full run takes under ten minutes on two quiet cores, a minute or
+two of which prepare data and environments.
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -28,6 +25,20 @@ import zarr
 from anndata.io import read_elem
 from cells import Corpus, generate
 from environments import Environment, environment, find_python312
+from turns import (
+    PEERS,
+    Bar,
+    Numbers,
+    Ratios,
+    add_output_flags,
+    finish,
+    medians,
+    publish,
+    ratio,
+    result_of,
+    run,
+    start,
+)
 
 from datastore.config import OrderConfig, PanelConfig, StoreConfig
 from datastore.ingest import build_store
@@ -35,16 +46,6 @@ from datastore.sampler import CellOrder, CellSampler
 from datastore.store import CellStore, open_store
 
 BATCH = 512
-RUNS = Path(__file__).resolve().parent / "runs"
-PEERS = {
-    "annbatch": ("312", ["annbatch[zarrs,numba]==0.3.*"]),
-    "cellstream": ("312", ["cellstream==0.11.*"]),
-    "scdataset": ("same", ["scDataset==0.3.*", "anndata<0.13"]),
-    "scdl": ("same", ["bionemo-scdl==0.1.*"]),
-}
-"""Which Python a peer gets, and what pip installs."""
-
-Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ CASES = [
     Case("annbatch_dense", "with_annbatch", "dense", "annbatch"),
     Case("tokens", "ours", "tokens"),
     Case("packed", "ours", "packed"),
-    Case("cold_start", "ours", "cold_start"),
-    Case("seek", "ours", "seek"),
+    Case("starts", "ours", "starts"),
     Case("two_loaders", "ours", "rank_0", beside="rank_1"),
     Case("annbatch_two_loaders", "with_annbatch", "rank_0", "annbatch", beside="rank_1"),
     Case("cold_reads", "ours", "cells", cold="ours.zarr"),
@@ -86,27 +86,12 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """What a ratio has to reach."""
-
-    ratio: str
-    least: float | None = None
-    most: float | None = None
-
-    def judge(self, value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        below = self.least is not None and value < self.least
-        above = self.most is not None and value > self.most
-        return "missed" if below or above else "met"
-
-    def __str__(self) -> str:
-        least = f"≥ {self.least:g}" if self.least is not None else ""
-        most = f"≤ {self.most:g}" if self.most is not None else ""
-        return f"{least} {most}".strip()
-
-
+COLUMNS = {
+    "per_second": "cells/s",
+    "per_cpu_second": "per CPU-s",
+    "first_batch_seconds": "first batch s",
+    "peak_mb": "peak MB",
+}
 BARS = [
     Bar("csr_wall_vs_annbatch", least=2.2),
     Bar("csr_cpu_vs_annbatch", least=1.8),
@@ -131,28 +116,22 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
         result = measure(folder, options, say)
-    if not options.json:
-        print(table(result))
-    line = json.dumps(result)
-    print(line)
-    if options.save:
-        Path(options.save).write_text(line + "\n")
+    publish(result, COLUMNS, options)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description="Our loader beside others, on the same synthetic cells. The full run takes "
+        "under ten minutes on two quiet cores, --quick one or two."
+    )
     parser.add_argument("--quick", action="store_true", help="40,000 cells, two rounds, two peers")
-    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
-    parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
-    parser.add_argument("--workdir", metavar="DIR", help="keep data and environments here")
-    parser.add_argument("--python312", metavar="PY", help="Python 3.12 for annbatch and cellstream")
+    add_output_flags(parser)
     parser.add_argument("--peers", default=None, help="comma-separated; default all, quick: two")
     parser.add_argument("--cells", type=int, help="default 200,000, quick: 40,000")
-    parser.add_argument("--rounds", type=int, help="default 5, quick: 2")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic cells")
+    parser.add_argument("--rounds", type=int, help="default 3, quick: 2")
     options = parser.parse_args()
     options.cells = options.cells or (40_000 if options.quick else 200_000)
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (2 if options.quick else 3)
     peers = options.peers if options.peers is not None else "annbatch,cellstream"
     options.peers = list(PEERS) if options.peers is None and not options.quick else peers.split(",")
     unknown = set(options.peers) - set(PEERS) - {""}
@@ -172,7 +151,7 @@ def measure(
     pythons = {name: install(folder, name, options, say) for name in PEERS}
     missing = {name: found.problem for name, found in pythons.items() if found.python is None}
     built = {
-        name: run(data, pythons[name].python, f"with_{name}", "build", options.cells)
+        name: run(pythons[name].python, f"with_{name}", "build", data, options.cells)
         for name, target in {
             "annbatch": "annbatch.zarr",
             "cellstream": "cellstream.csad",
@@ -192,27 +171,15 @@ def measure(
         None if "annbatch" in missing else size(data / "ours.zarr") / size(data / "annbatch.zarr")
     )
     ratios["mixing_variance"] = mixing_variance(store)
-    return {
-        "benchmark": "loader",
-        "ratios": {
-            name: None if value is None else round(value, 3) for name, value in ratios.items()
-        },
-        "bars": {bar.ratio: f"{bar}: {bar.judge(ratios[bar.ratio])}" for bar in BARS},
-        "figures": {
-            "cells": options.cells,
-            "rounds": options.rounds,
-            "bytes_per_cell": bytes_per_cell(data, corpus),
-            "not_measured": missing,
-            "built": built,
-            **{name: medians(results) for name, results in rounds.items()},
-        },
-        "machine": {
-            "cores": len(os.sched_getaffinity(0)),
-            "architecture": platform.machine(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-        },
+    figures = {
+        "cells": options.cells,
+        "rounds": options.rounds,
+        "bytes_per_cell": bytes_per_cell(data, corpus),
+        "not_measured": missing,
+        "built": built,
+        **{name: medians(results) for name, results in rounds.items()},
     }
+    return result_of("loader", ratios, BARS, figures)
 
 
 def prepare(data: Path, corpus: Corpus) -> CellStore:
@@ -236,7 +203,7 @@ def prepare(data: Path, corpus: Corpus) -> CellStore:
                 )
             )
     if not (data / "flat" / "indptr.npy").is_file():
-        run(data, None, "ours", "flatten", corpus.num_cells)
+        run(None, "ours", "flatten", data, corpus.num_cells)
     return open_store(data / "ours.zarr")
 
 
@@ -258,9 +225,9 @@ def turn(data: Path, python: Path | None, case: Case, cells: int) -> Numbers:
     if case.cold is not None:
         drop_from_cache(data / case.cold)
     if case.beside is None:
-        return run(data, python, case.script, case.command, cells)
+        return run(python, case.script, case.command, data, cells)
     both = [
-        start(data, python, case.script, command, cells) for command in (case.command, case.beside)
+        start(python, case.script, command, data, cells) for command in (case.command, case.beside)
     ]
     one, other = (finish(process) for process in both)
     return {
@@ -270,63 +237,33 @@ def turn(data: Path, python: Path | None, case: Case, cells: int) -> Numbers:
     }
 
 
-def run(data: Path, python: Path | None, script: str, command: str, cells: int) -> Numbers:
-    return finish(start(data, python, script, command, cells))
-
-
-def start(
-    data: Path, python: Path | None, script: str, command: str, cells: int
-) -> "subprocess.Popen[str]":
-    arguments = [str(RUNS / f"{script}.py"), command, str(data), str(cells)]
-    return subprocess.Popen(
-        [str(python or sys.executable), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> Numbers:
-    out, error = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{process.args!r} failed:\n{error}")
-    numbers: Numbers = json.loads(out.splitlines()[-1])
-    return numbers
-
-
-def compare(rounds: dict[str, list[Numbers]]) -> dict[str, float | None]:
+def compare(rounds: dict[str, list[Numbers]]) -> Ratios:
     """Ratios of cases to each other, each the median over the rounds."""
-
-    def ratio(one: str, other: str, what: str = "per_second") -> float | None:
-        if not rounds.get(one) or not rounds.get(other):
-            return None
-        pairs = zip(rounds[one], rounds[other], strict=True)
-        return median(mine[what] / theirs[what] for mine, theirs in pairs)
-
     return {
-        "csr_wall_vs_annbatch": ratio("csr", "annbatch_512"),
-        "csr_cpu_vs_annbatch": ratio("csr", "annbatch_512", "per_cpu_second"),
-        "csr_wall_vs_annbatch_chunk_32": ratio("csr", "annbatch_32"),
-        "csr_cpu_vs_annbatch_chunk_32": ratio("csr", "annbatch_32", "per_cpu_second"),
-        "csr_wall_vs_cellstream": ratio("csr", "cellstream"),
-        "csr_wall_vs_cellstream_2_threads": ratio("csr", "cellstream_2_threads"),
-        "csr_cpu_vs_cellstream": ratio("csr", "cellstream", "per_cpu_second"),
-        "of_composed_limit": ratio("csr", "limits"),
-        "dense_wall_vs_annbatch": ratio("dense", "annbatch_dense"),
-        "dense_cpu_vs_annbatch": ratio("dense", "annbatch_dense", "per_cpu_second"),
-        "tokens_cpu_vs_annbatch_dense": ratio("tokens", "annbatch_dense", "per_cpu_second"),
+        "csr_wall_vs_annbatch": ratio(rounds, "csr", "annbatch_512"),
+        "csr_cpu_vs_annbatch": ratio(rounds, "csr", "annbatch_512", "per_cpu_second"),
+        "csr_wall_vs_annbatch_chunk_32": ratio(rounds, "csr", "annbatch_32"),
+        "csr_cpu_vs_annbatch_chunk_32": ratio(rounds, "csr", "annbatch_32", "per_cpu_second"),
+        "csr_wall_vs_cellstream": ratio(rounds, "csr", "cellstream"),
+        "csr_wall_vs_cellstream_2_threads": ratio(rounds, "csr", "cellstream_2_threads"),
+        "csr_cpu_vs_cellstream": ratio(rounds, "csr", "cellstream", "per_cpu_second"),
+        "of_composed_limit": ratio(rounds, "csr", "limits"),
+        "dense_wall_vs_annbatch": ratio(rounds, "dense", "annbatch_dense"),
+        "dense_cpu_vs_annbatch": ratio(rounds, "dense", "annbatch_dense", "per_cpu_second"),
+        "tokens_cpu_vs_annbatch_dense": ratio(rounds, "tokens", "annbatch_dense", "per_cpu_second"),
         "tokens_per_cpu_second": median(run["per_cpu_second"] for run in rounds["tokens"]),
-        "rss_vs_annbatch": ratio("csr", "annbatch_512", "peak_mb"),
-        "first_batch_vs_annbatch": ratio("csr", "annbatch_512", "first_batch_seconds"),
-        "seek_vs_cold_start": ratio("seek", "cold_start", "first_batch_seconds"),
-        "two_loaders_vs_annbatch": ratio("two_loaders", "annbatch_two_loaders"),
-        "two_loaders_vs_one": ratio("two_loaders", "csr"),
-        "cold_reads_vs_annbatch": ratio("cold_reads", "annbatch_cold_reads"),
-        "csr_vs_memory_map": ratio("csr", "memory_map"),
-        "csr_vs_copying": ratio("csr", "copying"),
-        "csr_wall_vs_scdataset": ratio("csr", "scdataset"),
-        "csr_wall_vs_scdl": ratio("csr", "scdl"),
-        "csr_wall_vs_anndata_backed": ratio("csr", "anndata_backed"),
+        "rss_vs_annbatch": ratio(rounds, "csr", "annbatch_512", "peak_mb"),
+        "first_batch_vs_annbatch": ratio(rounds, "csr", "annbatch_512", "first_batch_seconds"),
+        "seek_vs_cold_start": median(run["seek_vs_cold_start"] for run in rounds["starts"]),
+        "seek_cpu_vs_cold_start": median(run["seek_cpu_vs_cold_start"] for run in rounds["starts"]),
+        "two_loaders_vs_annbatch": ratio(rounds, "two_loaders", "annbatch_two_loaders"),
+        "two_loaders_vs_one": ratio(rounds, "two_loaders", "csr"),
+        "cold_reads_vs_annbatch": ratio(rounds, "cold_reads", "annbatch_cold_reads"),
+        "csr_vs_memory_map": ratio(rounds, "csr", "memory_map"),
+        "csr_vs_copying": ratio(rounds, "csr", "copying"),
+        "csr_wall_vs_scdataset": ratio(rounds, "csr", "scdataset"),
+        "csr_wall_vs_scdl": ratio(rounds, "csr", "scdl"),
+        "csr_wall_vs_anndata_backed": ratio(rounds, "csr", "anndata_backed"),
     }
 
 
@@ -366,10 +303,6 @@ def bytes_per_cell(data: Path, corpus: Corpus) -> Numbers:
     }
 
 
-def medians(results: list[Numbers]) -> Numbers:
-    return {name: round(median(result[name] for result in results), 4) for name in results[0]}
-
-
 def size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
@@ -382,24 +315,6 @@ def drop_from_cache(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def table(result: dict[str, Any]) -> str:
-    lines = ["", f"{'case':24}{'cells/s':>12}{'per CPU-s':>12}{'first s':>10}{'peak MB':>10}"]
-    for name, numbers in result["figures"].items():
-        if isinstance(numbers, dict) and "per_second" in numbers:
-            lines.append(
-                f"{name:24}{numbers['per_second']:12,.0f}{numbers.get('per_cpu_second', 0):12,.0f}"
-                f"{numbers.get('first_batch_seconds', float('nan')):10.3f}"
-                f"{numbers.get('peak_mb', float('nan')):10.0f}"
-            )
-    lines += ["", f"{'ratio':36}{'measured':>12}  bar"]
-    for name, value in result["ratios"].items():
-        text = "—" if value is None else f"{value:,.3f}"
-        lines.append(f"{name:36}{text:>12}  {result['bars'].get(name, '')}")
-    for name, problem in result["figures"]["not_measured"].items():
-        lines.append(f"{name} was not measured: {problem}")
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def main(workers: int, folder: Path, codec: Codec) -> None:
         panel=PanelConfig(file=str(folder / "panel.txt")),
         min_genes=1,
         workers=workers,
+        processes=workers > 1,
         codec=codec,
     )
     begin, cpu = time.perf_counter(), cpu_seconds()
@@ -36,7 +37,7 @@ def main(workers: int, folder: Path, codec: Codec) -> None:
         per_second=store.num_cells / seconds,
         per_cpu_second=store.num_cells / cpu,
         seconds=seconds,
-        peak_mb=max(peak_mb(), worker_mb),
+        peak_mb=worker_mb if workers > 1 else peak_mb(),
         leader_peak_mb=peak_mb(),
         disk_mb=sum(path.stat().st_size for path in files) / 1e6,
     )
