@@ -1,5 +1,6 @@
 """Pass 1: slices of sources, checked, aligned to the panel and spooled in shuffle order."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -35,6 +36,8 @@ class Tally:
     """Cells without a count of a panel gene, dropped."""
     poor: int = 0
     """Cells with fewer expressed panel genes than `min_genes`, dropped."""
+    recovered: int = 0
+    """Cells whose counts were computed back from normalised expression."""
     counts: int = 0
     """Sum of all counts."""
     counts_on_panel: int = 0
@@ -110,6 +113,8 @@ def _spool_source(alignment: Alignment, source: Source, parts: Sequence[Slice]) 
         with open_source(source) as cells:
             for part in missing:
                 _spool_slice(alignment, cells, part, places)
+    if source.decoded is not None:
+        shutil.rmtree(source.decoded, ignore_errors=True)  # nobody will ask for it again
     return [Tally(**read_tally(target)) for target in targets]
 
 
@@ -174,6 +179,7 @@ def _align(
             kept=kept,
             empty=empty,
             poor=len(num_genes) - kept - empty,
+            recovered=stop - start if start in source.recovered else 0,
             counts=counts,
             counts_on_panel=on_panel,
         )

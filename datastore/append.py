@@ -24,7 +24,7 @@ from datastore.scanning import go_without, scan_sources, wants_processes
 from datastore.sources import BrokenSource, BrokenSources, Source
 from datastore.store import RECORDS, CellStore, open_store
 from datastore.store_writing import write_manifest
-from datastore.work_folder import APPENDING, clear, has_plan, locked, start_or_continue
+from datastore.work_folder import APPENDING, DECODED, clear, has_plan, locked, start_or_continue
 from datastore.workers import Compute, workers
 
 
@@ -42,7 +42,7 @@ def append_store(config: StoreConfig) -> CellStore:
         store = open_store(output)
         _refuse_other_panel(store, config)
         tables = read_tables(config.panel)
-        sources, left_out = scan_sources(config, compute)
+        sources, left_out = scan_sources(config, compute, work / DECODED)
         plan = Plan(tuple(sources), config, store.header.seed, len(store.header.generations))
         if not _appended_already(work, plan, tables, store):
             _refuse_known(store, plan.sources)

@@ -146,7 +146,14 @@ def _write_reports(
         matched.lines,
         [tally.share_on_panel for tally in tallies],
         tables,
-        [{"empty_cells": tally.empty, "poor_cells": tally.poor} for tally in tallies],
+        [
+            {
+                "empty_cells": tally.empty,
+                "poor_cells": tally.poor,
+                "recovered_cells": tally.recovered,
+            }
+            for tally in tallies
+        ],
         [asdict(cells) for cells in shared],
     )
 
@@ -172,6 +179,7 @@ def _source_lines(
                 "cells_empty": tally.empty,
                 "cells_poor": tally.poor,
                 "cells_repeated": repeated,
+                "cells_recovered": tally.recovered,
                 "panel_genes_found": line.panel_genes_found,
                 "genes": line.genes_in_source,
                 "duplicate_genes_summed": line.duplicates_summed,
@@ -187,6 +195,11 @@ def _log_cells(plan: Plan, lines: Sequence[dict[str, Any]], shared: Sequence[Sha
             *(line["name"], line["cells_kept"], line["cells"]),
             *(line["cells_empty"], line["cells_poor"], plan.config.min_genes),
         )
+        if line["cells_recovered"]:
+            log.info(
+                "%s: the counts of %d cells were computed back from normalised expression",
+                *(line["name"], line["cells_recovered"]),
+            )
     drops = plan.config.duplicates == "drop"
     for cells in shared:
         log.warning(

@@ -197,7 +197,7 @@ def write_report(
     lines: Sequence[Harmonization],
     shares_of_counts: Sequence[float],
     tables: GeneTables = NO_TABLES,
-    dropped_cells: Sequence[Mapping[str, int]] | None = None,
+    cell_tallies: Sequence[Mapping[str, int]] | None = None,
     shared_cells: Sequence[Mapping[str, str | int]] = (),
 ) -> None:
     """Write `harmonization.json` and the same as a table, `harmonization.txt`.
@@ -207,11 +207,11 @@ def write_report(
         lines: What became of each source's genes.
         shares_of_counts: Share of each source's counts that fell on panel genes, 0 to 1.
         tables: The tables used, whose digests are kept.
-        dropped_cells: For each source how many cells were dropped, by reason.
+        cell_tallies: For each source how many cells were empty, poor, recovered.
         shared_cells: `source`, `first` and `cells`: how many cells of a source have the counts of
             an earlier cell, and whose.
     """
-    reasons = [{} for _ in lines] if dropped_cells is None else dropped_cells
+    tallies = [{} for _ in lines] if cell_tallies is None else cell_tallies
     report = {
         "tables": dict(tables.digests),
         "sources": [
@@ -219,26 +219,26 @@ def write_report(
                 **asdict(line),
                 "share_found": line.share_found,
                 "share_of_counts_kept": share,
-                **dropped,
+                **cells,
             }
-            for line, share, dropped in zip(lines, shares_of_counts, reasons, strict=True)
+            for line, share, cells in zip(lines, shares_of_counts, tallies, strict=True)
         ],
         "shared_cells": [dict(shared) for shared in shared_cells],
     }
     text = json.dumps(report, indent=1) + "\n"
     (folder / "harmonization.json").write_text(text, encoding="utf-8")
-    titles = list(reasons[0]) if reasons else []
+    titles = list(tallies[0]) if tallies else []
     rows = [
         f"{'source':32} {'genes':>8} {'panel found':>11} {'counts kept':>11} "
         f"{'renamed':>8} {'summed':>8} {'dropped':>8} {'ambiguous':>9}"
         + "".join(f" {title.replace('_', ' '):>15}" for title in titles)
     ]
     details = []
-    for line, share, dropped in zip(lines, shares_of_counts, reasons, strict=True):
+    for line, share, cells in zip(lines, shares_of_counts, tallies, strict=True):
         rows.append(
             f"{line.source:32} {line.genes_in_source:8,} {line.share_found:11.1%} {share:11.1%} "
             f"{line.renamed.count:8,} {line.summed.count:8,} {line.dropped.count:8,} "
-            f"{line.ambiguous.count:9,}" + "".join(f" {dropped[title]:15,}" for title in titles)
+            f"{line.ambiguous.count:9,}" + "".join(f" {cells[title]:15,}" for title in titles)
         )
         for title in ("renamed", "summed", "dropped", "ambiguous"):
             names: NameList = getattr(line, title)

@@ -29,6 +29,7 @@ from datastore.store_writing import write_manifest, write_root
 from datastore.work_folder import (
     APPENDING,
     BUILDING,
+    DECODED,
     clear,
     has_plan,
     is_whole,
@@ -53,7 +54,7 @@ def build_store(config: StoreConfig) -> CellStore:
         if not is_whole(work):
             _refuse_to_replace(output, config)
         tables = read_tables(config.panel)
-        sources, left_out = scan_sources(config, compute)
+        sources, left_out = scan_sources(config, compute, work / DECODED)
         plan = Plan(tuple(sources), config, config.seed)
         if not _published_already(work, plan, tables, output):
             _refuse_to_replace(output, config)

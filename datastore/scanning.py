@@ -1,6 +1,7 @@
 """Looking at all sources before anything is written, and going on without the broken ones."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,12 +18,21 @@ from datastore.workers import Compute
 
 log = logging.getLogger(__name__)
 
+_SCANNED_AT_ONCE: Final = 512
+"""Sources whose gene names come together; equal ones are kept once before more come."""
 _LARGE_BYTES: Final = 64 * 10**6
 """Sources of so many bytes take two workers about as long as starting processes does."""
 
 
-def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], list[BrokenSource]]:
+def scan_sources(
+    config: StoreConfig, compute: Compute, decoded: Path | None = None
+) -> tuple[list[Source], list[BrokenSource]]:
     """Look at all sources; return them in the order of their digests, and those left out.
+
+    Args:
+        config: Which, and how to read them.
+        compute: Where tasks run.
+        decoded: Folder for the cells of sources that can only be decoded whole; emptied first.
 
     Raises:
         ValueError: If some cannot be used (and `skip_broken` is off), or two are one.
@@ -36,9 +46,16 @@ def scan_sources(config: StoreConfig, compute: Compute) -> tuple[list[Source], l
         recover_counts=config.recover_counts,
     )
     listed = list_sources(config.sources)
-    results = compute("scan", [(_scan_one, source, options) for source in listed])
-    sources = _with_shared_names([result for result in results if isinstance(result, Source)])
-    broken = [result for result in results if isinstance(result, BrokenSource)]
+    if decoded is not None:
+        shutil.rmtree(decoded, ignore_errors=True)  # what a killed ingest has left
+    sources: list[Source] = []
+    broken: list[BrokenSource] = []
+    for start in range(0, len(listed), _SCANNED_AT_ONCE):
+        some = listed[start : start + _SCANNED_AT_ONCE]
+        results = compute("scan", [(_scan_one, source, options, decoded) for source in some])
+        found = [result for result in results if isinstance(result, Source)]
+        sources = _with_shared_names([*sources, *found])
+        broken += [result for result in results if isinstance(result, BrokenSource)]
     left_out: list[BrokenSource] = []
     if broken:
         sources, left_out = go_without(BrokenSources(broken), sources, left_out, config)
@@ -99,9 +116,11 @@ def usable(results: Sequence[Any]) -> list[Any]:
     return list(results)
 
 
-def _scan_one(listed: ListedSource, options: ReadOptions) -> Source | BrokenSource:
+def _scan_one(
+    listed: ListedSource, options: ReadOptions, decoded: Path | None
+) -> Source | BrokenSource:
     try:
-        source = scan_listed(listed, options)
+        source = scan_listed(listed, options, decoded)
         # Thousands of sources name the same genes: one text of each is enough.
         return replace(source, genes=tuple(map(sys.intern, source.genes)))
     except OSError as error:

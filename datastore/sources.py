@@ -8,8 +8,8 @@ remedy, before anything is written.
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from datastore.decoded import KEPT_FORMATS, is_kept, keep_decoded, open_decoded
 from datastore.formats import FORMATS
 from datastore.manifest import ListedSource
 from datastore.raw_cells import Names, RawCells, ReadOptions
@@ -46,6 +47,8 @@ class Source:
     """Whether opening it decodes it whole, so that all its slices are best read at once."""
     labels: tuple[tuple[str, str], ...] = ()
     """Column of obs and its value in all cells of the source."""
+    decoded: str | None = None
+    """Folder where its cells are kept decoded for a while (`datastore.decoded`)."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ def scan_source(path: Path, layer: str | None) -> Source:
     return scan_listed(ListedSource(path), ReadOptions(layer=layer))
 
 
-def scan_listed(listed: ListedSource, options: ReadOptions) -> Source:
-    """Scan a source that was listed with a name or labels; as `scan_source`."""
+def scan_listed(listed: ListedSource, options: ReadOptions, decoded: Path | None = None) -> Source:
+    """Scan a source that was listed with a name or labels; as `scan_source`.
+
+    What had to be decoded whole for that is kept below `decoded`, if given.
+    """
     path = listed.path
     kind = recognise(path)
-    with _damage_named(path), FORMATS[kind](path, options) as cells:
+    with damage_named(path), FORMATS[kind](path, options) as cells:
         if not cells.num_cells:
             raise ValueError(f"{path} holds no cells; leave it out of the sources")
         if not cells.genes:
@@ -94,26 +100,39 @@ def scan_listed(listed: ListedSource, options: ReadOptions) -> Source:
             obs_columns=tuple(cells.obs),
             known_genes=frozenset(),
         )
+        digest = _digest(path)
+        kept = None
+        if decoded is not None and kind in KEPT_FORMATS:
+            folder = decoded / hashlib.sha256(f"{digest} {path}".encode()).hexdigest()
+            kept = str(folder) if keep_decoded(folder, cells) else None
         return Source(
             path=str(path),
             name=listed.source_name,
             format=kind,
             options=options,
-            sha256=_digest(path),
+            sha256=digest,
             num_cells=cells.num_cells,
             genes=cells.genes,
             num_counts=cells.num_counts(),
             whole=cells.whole,
             labels=listed.labels,
+            decoded=kept,
         )
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """An open source, read slice by slice."""
+    """An open source, read slice by slice.
+
+    Attributes:
+        source: What it is.
+        cells: How its format reads it.
+        recovered: First row of each read whose counts were computed back.
+    """
 
     source: Source
     cells: RawCells
+    recovered: set[int] = field(default_factory=set)
 
     def counts(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows [start, stop) as checked counts.
@@ -134,6 +153,7 @@ class OpenSource:
         where = f"{path}, {self.cells.place}"
         if self.source.options.recover_counts and looks_normalised(matrix):
             matrix = self._recovered(matrix, where, start)
+            self.recovered.add(start)
         check_counts(matrix, where, first_row=start)
         return matrix
 
@@ -151,13 +171,13 @@ class OpenSource:
 
     def cell_names(self, start: int, stop: int) -> Names:
         """Read the names of rows [start, stop), as `source name/cell name`."""
-        with _damage_named(Path(self.source.path)):
+        with damage_named(Path(self.source.path)):
             names = self.cells.cell_names(start, stop)
         return np.array([f"{self.source.name}/{name}" for name in names], object)
 
     def obs(self, start: int, stop: int) -> dict[str, Names]:
         """Read the obs columns of rows [start, stop) as text, None where a value is missing."""
-        with _damage_named(Path(self.source.path)):
+        with damage_named(Path(self.source.path)):
             columns = {name: read(start, stop) for name, read in self.cells.obs.items()}
         return {
             name: np.array([None if value is None else str(value) for value in values], object)
@@ -168,13 +188,17 @@ class OpenSource:
 @contextmanager
 def open_source(source: Source) -> Iterator[OpenSource]:
     """Open a scanned source for reading."""
-    path = Path(source.path)
-    with FORMATS[source.format](path, source.options) as cells:
+    opened: AbstractContextManager[RawCells]
+    if source.decoded is not None and is_kept(source.decoded):
+        opened = open_decoded(Path(source.decoded))
+    else:
+        opened = FORMATS[source.format](Path(source.path), source.options)
+    with opened as cells:
         yield OpenSource(source, cells)
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn what libraries raise on damaged files into a sentence with the file's name."""
     try:
         yield

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 BUILDING: Final = ".building"
 APPENDING: Final = ".appending"
 _FOLDERS: Final = ("parts", "spool", "places", "duplicates", "store")
+DECODED: Final = "decoded"
+"""Folder of sources that are kept decoded; no part of the work that a plan decides."""
 _PLAN: Final = "plan.json"
 _WHOLE: Final = "whole.json"
 _NEEDED: Final = "needed.json"
@@ -134,7 +136,7 @@ def bytes_needed(plan: Plan) -> int:
 
 def _remove_work(work: Path) -> None:
     for child in work.iterdir():
-        if child.is_dir():
+        if child.is_dir() and child.name != DECODED:
             shutil.rmtree(child)
     for name in (_NEEDED, _PLAN, _WHOLE):
         (work / name).unlink(missing_ok=True)

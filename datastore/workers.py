@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from dask.callbacks import Callback
 from dask.multiprocessing import get as get_on_processes
@@ -22,6 +22,9 @@ from datastore.config import SlurmConfig
 from datastore.processes import Outcome, ProcessPool, attempt, attempt_in_worker
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS: Final = 60
+"""After so long without a worker we say so, again and again."""
 
 Task = tuple[Any, ...]
 """A function and its arguments."""
@@ -146,7 +149,18 @@ def _client(cluster: Any) -> Iterator[Compute]:
         def compute(title: str, tasks: Sequence[Task]) -> list[Any]:
             futures = [client.submit(task[0], *task[1:], pure=False) for task in tasks]
             log.info("%s: %d tasks on %s", title, len(futures), client.scheduler.address)
-            wait(futures)  # all: after a failure none may write on while its folder is cleared
+            # All: after a failure none may write on while its folder is cleared.
+            while futures:
+                try:
+                    wait(futures, timeout=_PATIENCE_SECONDS)
+                    break
+                except TimeoutError:
+                    if not client.scheduler_info(n_workers=-1)["workers"]:
+                        log.warning(
+                            "%s: no worker has come to %s yet; squeue, or the log of the workers, "
+                            "says why",
+                            *(title, client.scheduler.address),
+                        )
             return list(client.gather(futures))
 
         yield compute

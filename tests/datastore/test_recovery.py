@@ -1,5 +1,6 @@
 """Counts come back exactly from normalised expression, or not at all."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datastore.manifest import ListedSource
 from datastore.raw_cells import ReadOptions
 from datastore.recovery import MOST, UnprovenCounts, recover_counts
 from datastore.sources import open_source, scan_listed
+from datastore.store import generation_folder
 from tests.support.cells import (
     RawCells,
     expected_cells,
@@ -242,14 +244,23 @@ def test_what_no_count_can_become_is_refused_as_ever(tmp_path: Path, value: floa
         cells.counts(5, 20)
 
 
-def test_a_store_of_recovered_counts_holds_the_counts(tmp_path: Path) -> None:
+def test_a_store_of_recovered_counts_holds_the_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = RawCells("plain", realistic_counts(11, 20, 120, 600), RAW.genes)
     sources = [
         str(write_h5ad(tmp_path, RAW, normalise(COUNTS, None, np.log1p))),
         str(write_h5ad(tmp_path, other)),
     ]
     config: StoreConfig = store_config(sources, tmp_path / "cells.zarr", recover_counts=True)
-    found = stored_cells(build_store(config))
+    with caplog.at_level(logging.INFO, "datastore"):
+        built = build_store(config)
+    recovered = {line["name"]: line["cells_recovered"] for line in built.header.sources}
+    assert recovered == {"pbmc": 64, "plain": 0}
+    assert "pbmc: the counts of 64 cells were computed back from normalised" in caplog.text
+    report = (generation_folder(built.path, 0) / "harmonization.txt").read_text()
+    assert "recovered cells" in report.splitlines()[0]
+    found = stored_cells(built)
     expected = expected_cells([RAW, other], RAW.genes)
     assert set(found) == set(expected)
     for cell, counts in expected.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from datastore import workers as workers_module
 from datastore.config import SlurmConfig, StoreConfig
 from datastore.workers import slurm_cluster, workers
 
@@ -174,6 +175,26 @@ def test_a_cluster_gives_the_same_results() -> None:
         assert compute("double", [(double, n) for n in range(5)]) == [0, 2, 4, 6, 8]
         with pytest.raises(ValueError, match="task 3 is bad"):
             compute("fail", [(double, 1), (fail, 3)])
+
+
+def test_a_cluster_without_workers_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dask.distributed import LocalCluster
+
+    monkeypatch.setattr(workers_module, "_PATIENCE_SECONDS", 0.2)
+    with (
+        LocalCluster(
+            n_workers=0, processes=False, protocol="tcp://", dashboard_address=":0"
+        ) as cluster,
+        workers(config(scheduler=cluster.scheduler_address)) as compute,
+        caplog.at_level(logging.WARNING, "datastore"),
+    ):
+        later = threading.Timer(1.0, cluster.scale, [1])
+        later.start()
+        assert compute("double", [(double, 4)]) == [8]
+        later.join()
+    assert f"double: no worker has come to {cluster.scheduler_address} yet; squeue" in caplog.text
 
 
 def test_slurm_jobs_are_asked_for_as_stated() -> None:
