@@ -42,6 +42,7 @@ def _main(argv: list[str] | None) -> None:
         stage=int(zero.get("stage", 0)),
         offload="offload_optimizer" in zero,
         precision=precision_of(content),
+        gloo=options.gpu == "cpu",
     )
     facts = report(config, placement, options.gpu, options.num_genes, int(options.num_cells))
     cli.echo("\n".join(cli.table(facts)))

@@ -132,6 +132,18 @@ class Ranks:
             raise SystemExit(2)
 
 
+def _require_interfaces(environ: Mapping[str, str]) -> None:
+    """Refuse a network interface that this host has not: gloo would say so in C++ words."""
+    wanted = environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, wanted.split(",")):
+        if name not in there:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME is {wanted}, but {socket.gethostname()} has no interface "
+                f"{name}; there are {', '.join(there)}"
+            )
+
+
 @contextmanager
 def start_ranks(environ: Mapping[str, str], timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """Join the process group that the launcher describes, or be the only rank.
@@ -142,7 +154,11 @@ def start_ranks(environ: Mapping[str, str], timeout_minutes: float = 30.0) -> It
     Args:
         environ: The process environment.
         timeout_minutes: How long a collective may wait for a silent rank.
+
+    Raises:
+        ValueError: If the environment names a network interface that is not there.
     """
+    _require_interfaces(environ)
     rank = int(environ.get("RANK", "0"))
     world_size = int(environ.get("WORLD_SIZE", "1"))
     local_rank = int(environ.get("LOCAL_RANK", "0"))

@@ -81,6 +81,40 @@ def read_deepspeed_json(path: str | None) -> dict[str, Any]:
     return content
 
 
+def require_supported(content: Mapping[str, Any], device: str) -> None:
+    """Refuse what DeepSpeed cannot run on this device, or we cannot save, before anything starts.
+
+    Args:
+        content: A checked DeepSpeed JSON.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        ValueError: That names the setting and what to do.
+    """
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        where = zero.get(name, {}).get("device", "none")
+        if where == "none":
+            continue
+        if where != "cpu":
+            raise ValueError(
+                f"zero_optimization.{name}.device is {where!r}, from which checkpoints cannot be "
+                "taken; choose 'cpu'"
+            )
+        if stage < least:
+            raise ValueError(
+                f"zero_optimization.{name} needs stage {least} or more, it is {stage}; raise "
+                "zero_optimization.stage or leave it out"
+            )
+    if device == "cpu" and zero.get("zero_quantized_weights"):
+        raise ValueError(
+            "zero_optimization.zero_quantized_weights is not implemented on CPU; leave it out"
+        )
+
+
 def deepspeed_config(
     config: PretrainConfig, world_size: int, extra: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from pretrain.objective import MaskedGeneModel
 Precision = Literal["fp32", "bf16"]
 EXPRESSED_SHARE: Final = 0.053
 """Share of a PanglaoDB cell's genes that are expressed (about 900 of 16,906)."""
+CPU_PROCESS_BYTES: Final = 50e6
+"""What a CPU rank holds besides, above its imports (kernels, the loader's arenas); measured once."""
 BUCKET: Final = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
 
@@ -74,6 +76,8 @@ class Placement:
     offload: bool = False
     """Optimizer state and update on the host."""
     precision: Precision = "fp32"
+    gloo: bool = False
+    """CPU ranks: no reduce-scatter, and messages are staged in memory."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.ranks_per_node < 1:
@@ -264,6 +268,11 @@ def memory(
         buffers += width * max(size.largest, live if share > 1 else 0) + bucket
     elif stage or share > 1:
         buffers += bucket
+    if stage:  # the averaged share of the gradient, flattened once more for the update
+        buffers += 2.0 * width * size.trained / share
+    if placement.gloo:  # Adam's two temporaries, gloo's copies of what it reduces and gathers
+        buffers += 8.0 * size.trained / (share if stage else 1) + CPU_PROCESS_BYTES
+        buffers += 2.0 * width * size.trained * (share > 1)
     hidden = config.encoder.ff_mult * config.encoder.dim
     working = width * size.tokens * (2 * hidden + 2 * config.encoder.dim)
     cells = config.batch.micro_size
@@ -290,9 +299,9 @@ def largest_micro_batch(
 def bytes_per_step(config: PretrainConfig, size: ModelSize, placement: Placement) -> float:
     """Bytes that each rank sends in one optimizer step, by rings.
 
-    ZeRO 0 all-reduces the gradient once a step, ZeRO 1 and 2 reduce it and gather the weights.
-    ZeRO 3 gathers the weights for each forward and each backward pass; it and ZeRO 2 reduce after
-    each micro-batch.
+    ZeRO 0 all-reduces the gradient once a step, ZeRO 1 reduces it and gathers the weights. ZeRO 3
+    gathers the weights for each forward and each backward pass; it and ZeRO 2 reduce after each
+    micro-batch. Where there is no reduce-scatter (gloo), ZeRO 1 and 2 all-reduce, twice the bytes.
     """
     ranks = placement.world_size
     if ranks == 1:
@@ -301,12 +310,13 @@ def bytes_per_step(config: PretrainConfig, size: ModelSize, placement: Placement
     around = (ranks - 1) / ranks
     micro = config.batch.accumulation_steps(ranks)
     gradient, weights = width * size.trained, width * (size.trained + size.frozen)
+    reduced = gradient * (2 if placement.gloo else 1)
     if placement.stage == 0:
         return around * 2 * gradient
     if placement.stage == 1:
-        return around * 2 * gradient
+        return around * (reduced + gradient)
     if placement.stage == 2:
-        return around * (micro * gradient + width * size.trained)
+        return around * (micro * reduced + gradient)
     return around * micro * (2 * weights + gradient)
 
 

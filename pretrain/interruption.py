@@ -48,10 +48,16 @@ def only_training_in(folder: Path) -> Iterator[None]:
     """Hold a folder for this training; the lock goes with the process, however it ends.
 
     Raises:
-        ValueError: If another training holds it.
+        ValueError: If another training holds it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "training.lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "training.lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}); choose another output"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

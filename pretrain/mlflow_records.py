@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -170,6 +171,18 @@ SENDERS: dict[str, Callable[[MlflowClient, str, Mapping[str, Any]], None]] = {
     "end": _end_run,
 }
 """What is done with a record of each kind; runs and metrics apart."""
+
+
+def recorded(config: Any) -> dict[str, str]:
+    """Return the resolved settings as an export keeps them: without places of this machine.
+
+    Args:
+        config: The configuration of a training, a dataclass with `output` and `tracking`.
+    """
+    kept = {
+        key: value for key, value in asdict(config).items() if key not in ("output", "tracking")
+    }
+    return flatten(kept)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

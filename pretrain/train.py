@@ -21,11 +21,17 @@ from pretrain.building import build_model, read_gene_vectors
 from pretrain.checkpoint import TrainingState, identity, keep_panel, resume, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
-from pretrain.engine import TrainingEngine, construction, read_deepspeed_json
+from pretrain.engine import (
+    TrainingEngine,
+    construction,
+    read_deepspeed_json,
+    require_supported,
+)
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in
 from pretrain.micro_batches import cut_by_tokens
+from pretrain.mlflow_records import recorded
 from pretrain.objective import MaskedGeneModel
 from pretrain.schedule import learning_rate
 from pretrain.step import StepInfo, redraw, training_step
@@ -53,7 +59,8 @@ def pretrain(
     """
     with ranks.failing_together():
         accumulation = config.batch.accumulation_steps(ranks.world_size)
-        read_deepspeed_json(config.deepspeed)  # refuse it before anything is written
+        # Refuse it before anything is written.
+        require_supported(read_deepspeed_json(config.deepspeed), ranks.device.type)
         store = open_store(config.store)
         if ranks.is_first:
             check_complete(store)
@@ -281,6 +288,7 @@ def _export(
             weights,
             {
                 "metrics": metrics,
+                "settings": recorded(config),
                 "provenance": {
                     "store_id": store.header.store_id,
                     "num_cells": store.num_cells,

@@ -4,17 +4,21 @@ A rank that stops, hangs or loses its network leaves the others waiting in a col
 process group gives up, half an hour by default. Here each rank has a thread that publishes two
 numbers in the store where the ranks met: its own ticks, and the beats of the training. When a rank
 has had no beat for too long, it looks at the others: who does not tick has stopped or is cut off;
-if all tick, who has the fewest beats holds up the rest.
+if all tick, who has the fewest beats holds up the rest. A rank that is frozen itself is killed by a
+guard, so that its launcher does not wait for it.
 """
 
+import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from pretrain.interruption import EXIT_REQUEUE
 
@@ -72,6 +76,46 @@ def judge(before: Sequence[Pulse | None], after: Sequence[Pulse | None]) -> Verd
     return Verdict(f"{_listed(named)} made no progress, the others wait for it", min(waiting))
 
 
+_GUARD: Final = """
+import os, select, signal, sys
+while select.select([0], [], [], float(sys.argv[2]))[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+try:
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
+"""Program that kills a process which does not tick any more, and ends when it ends."""
+
+
+class Guard:
+    """A small process that kills this one when it is frozen: a launcher would wait for it for ever.
+
+    A stopped process cannot leave by itself, nor can one that never gives up Python's lock.
+    """
+
+    def __init__(self, silence_seconds: float) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(silence_seconds)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # what stops the training's processes must not stop it
+        )
+
+    def tick(self) -> None:
+        """Say that this process lives."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            os.write(self._process.stdin.fileno(), b".")
+
+    def stop(self) -> None:
+        """End the guard."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait(10)
+
+
 class Watchdog:
     """Watches the beats of this rank; a thread that lives until `stop`."""
 
@@ -89,6 +133,8 @@ class Watchdog:
         self._interval = min(5.0, silence_seconds / 6)
         self._leave = leave or self._end_process
         self._beats, self._last = 0, time.monotonic()
+        # The others need to name a frozen rank before it is gone: it goes after them.
+        self._guard = Guard(2 * silence_seconds + 6 * self._interval)
         self._publish(0)  # so that its host is known however early this rank falls silent
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -103,11 +149,13 @@ class Watchdog:
         """End the thread."""
         self._stopped.set()
         self._thread.join(2 * self._interval)
+        self._guard.stop()
 
     def _watch(self) -> None:
         ticks = 0
         while not self._stopped.wait(self._interval):
             ticks += 1
+            self._guard.tick()
             self._publish(ticks)
             if time.monotonic() - self._last < self._silence:
                 continue
@@ -119,6 +167,7 @@ class Watchdog:
             self._publish(ticks)
             verdict = judge(before, self._pulses())
             if time.monotonic() - self._last >= self._silence:  # and not just gone on
+                self._guard.stop()
                 self._leave(verdict)
                 return
 

@@ -13,6 +13,7 @@ from pretrain.engine import (
     look_at_build_lock,
     read_deepspeed_json,
     require_compiler,
+    require_supported,
 )
 from tests.support.tiny import tiny_config
 
@@ -59,6 +60,56 @@ def test_without_a_json_zero_1_is_taken() -> None:
 def test_json_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_deepspeed_json(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("zero", "device", "message"),
+    [
+        pytest.param({"stage": 4}, "cuda", r"stage is 4; give 0, 1, 2 or 3", id="stage"),
+        pytest.param({"stage": "two"}, "cuda", r"stage is 'two'; give", id="no number"),
+        pytest.param(
+            {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+            "cpu",
+            r"offload_optimizer needs stage 1 or more, it is 0",
+            id="offload without ZeRO",
+        ),
+        pytest.param(
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            "cuda",
+            r"offload_param needs stage 3 or more, it is 2",
+            id="weights offloaded",
+        ),
+        pytest.param(
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            "cuda",
+            r"device is 'nvme', from which checkpoints cannot be taken; choose 'cpu'",
+            id="nvme",
+        ),
+        pytest.param(
+            {"stage": 3, "zero_quantized_weights": True},
+            "cpu",
+            "zero_quantized_weights is not implemented on CPU",
+            id="quantised weights",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(zero: dict[str, Any], device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_supported({"zero_optimization": zero}, device)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {},
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_param": {"device": "cpu"}},
+        {"stage": 0, "offload_optimizer": {"device": "none"}},
+    ],
+)
+def test_what_can_run_is_taken(zero: dict[str, Any]) -> None:
+    require_supported({"zero_optimization": zero}, "cpu")
+    require_supported({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "cuda")
 
 
 def test_binary_file_is_refused(tmp_path: Path) -> None:

@@ -107,6 +107,10 @@ def test_traffic_by_hand(stage: int, expected: float) -> None:
     placement = Placement(ranks_per_node=4, stage=stage)
     assert estimate.bytes_per_step(config, size_of(1000, 100), placement) == expected
     assert estimate.bytes_per_step(config, size_of(1000, 100), Placement(stage=stage)) == 0
+    # gloo has no reduce-scatter: ZeRO 1 sends another gradient, ZeRO 2 one for each micro-batch.
+    more = {1: 0.75 * 4000, 2: 0.75 * 2 * 4000}.get(stage, 0.0)
+    gloo = replace(placement, gloo=True)
+    assert estimate.bytes_per_step(config, size_of(1000, 100), gloo) == expected + more
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:

@@ -43,6 +43,17 @@ def test_a_second_training_is_kept_out(tmp_path: Path) -> None:
         pass
 
 
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(
+            ValueError, match=r"file/run cannot be written \(.+\); choose another output"
+        ),
+        only_training_in(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
 class AskedAfter(StopRequest):
     """Is asked to stop once it has been looked at a number of times."""
 
