@@ -1,0 +1,273 @@
+"""How fast and in how much memory the encoder trains, beside performer-pytorch's.
+
+    python benchmarks/encoder_step.py            # about ten minutes, 12 GB
+    python benchmarks/encoder_step.py --quick    # two minutes, 4,096 positions, 3 GB
+
+One step is forward, backward and update of the published shape (dim 200, depth 6, 10 heads × 64,
+266 features) on cells with 900 of 16,906 genes expressed. All cases take turns in one process, on
+one thread and with one allocator policy (freed memory is kept), and are timed in CPU-seconds; a
+ratio is the median over the rounds of what two cases took in the same round. Peak memory is
+measured in a process for each case, as growth over the model without a batch. The baseline writes
+logits at every position, as the published code does; ours only where somebody reads.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from runs.encoder import CASES, Trainer, draw, fix_allocator, give_memory_back
+from turns import RUNS, Bar, Ratios, finish, publish, result_of
+
+from pretrain.favor_native import missing
+
+BARS = [
+    Bar("full_torch", least=2.6),
+    Bar("full_native", least=8),
+    Bar("full_fp32", least=1.7),
+    Bar("native_vs_autocast", least=4),
+    Bar("memory", most=0.15),
+    Bar("memory_checkpointed", most=0.10),
+    Bar("expressed_vs_full", least=12),
+    Bar("forward", least=10),
+    Bar("linearity", most=1.15),
+    Bar("batch_8_vs_1", most=1.0),
+    Bar("two_ranks_vs_one", least=1.7),
+]
+COLUMNS = {"cpu_s": "CPU-s/cell", "gflops": "GFLOP/s", "of_peak": "of peak", "mb": "MB"}
+REFERENCE = "performer_pytorch"
+LENGTHS = (1_024, 4_096, 16_907)
+
+Times = dict[str, list[float]]
+
+
+def main() -> None:
+    options = parse()
+    fix_allocator()
+    torch.set_num_threads(1)
+    length = 4_096 if options.quick else LENGTHS[-1]
+    rounds = options.rounds or (1 if options.quick else 2)
+    cases = [name for name in CASES if missing() is None or "native" not in name]
+    say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
+    say(f"full steps of {length:,} positions")
+    trainers = {name: CASES[name](length) for name in cases}
+    steps = take_turns(trainers, length, 1, rounds)
+    say("forward only")
+    forward = take_turns(
+        {name: trainers[name] for name in (REFERENCE, fastest(cases))}, length, 1, 1, forward=True
+    )
+    parts = time_by_part(trainers[fastest(cases)], length)
+    del trainers
+    give_memory_back()
+    say("lengths and batches")
+    grid = measure_grid(cases, options.quick)
+    say("memory, threads and ranks")
+    give_memory_back()
+    memory = {name: measure_memory(name, length) for name in cases if "autocast" not in name}
+    ranks = measure_ranks(fastest(cases), 1_024 if options.quick else 4_096)
+    ratios = compare(steps, forward, grid, memory, fastest(cases))
+    ratios |= {"two_ranks_vs_one": ranks["one"] / ranks["two"]}
+    figures = figures_of(steps, memory, length)
+    figures |= {
+        "length": length,
+        "forward_cpu_s": {k: round(median(v), 3) for k, v in forward.items()},
+    }
+    figures |= {"grid_cpu_s_per_cell": grid, "seconds_by_part": parts, "ranks_seconds": ranks}
+    bars = [] if options.quick else BARS  # they are meant for the full length
+    publish(result_of("encoder_step", ratios, bars, figures), COLUMNS, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="How fast and in how much memory the encoder trains, beside performer-pytorch."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="4,096 positions, one round: two minutes"
+    )
+    parser.add_argument("--rounds", type=int, help="default 2, quick: 1")
+    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+    parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
+    return parser.parse_args()
+
+
+def fastest(cases: list[str]) -> str:
+    return "native" if "native" in cases else "torch"
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    before = time.process_time()
+    run()
+    return time.process_time() - before
+
+
+def take_turns(
+    trainers: dict[str, Trainer], length: int, cells: int, rounds: int, forward: bool = False
+) -> Times:
+    """CPU-seconds per cell, round by round; a round before them is not counted."""
+    batch = draw(cells, length)
+    times: Times = defaultdict(list)
+    for number in range(rounds + 1):
+        for name, trainer in trainers.items():
+            run = trainer.forward if forward else trainer.step
+            seconds = cpu_seconds(partial(run, batch)) / cells
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def measure_grid(cases: list[str], quick: bool) -> dict[str, float]:
+    """CPU-seconds per cell by length and batch; the baseline at short lengths only."""
+    best, grid = fastest(cases), {}
+    for length in LENGTHS[: 2 if quick else 3]:
+        ours = CASES[best](length)
+        for cells in (1, 2, 8) if length <= LENGTHS[1] else (1, 2):  # 8 whole cells take 10 GB
+            compared = {best: ours}
+            if (cells == 1 and length <= LENGTHS[1]) or (length == LENGTHS[0] and not quick):
+                compared[REFERENCE] = CASES[REFERENCE](length)
+            rounds = 2 if length * cells < 40_000 and not quick else 1
+            times = take_turns(compared, length, cells, rounds)
+            for name, seconds in times.items():
+                grid[f"{name}, {length} positions, batch {cells}"] = round(min(seconds), 4)
+    return grid
+
+
+def measure_memory(name: str, length: int) -> float:
+    """Peak of a process of its own over what it held before its first batch, in MB."""
+    command = [sys.executable, "-W", "ignore", str(RUNS / "encoder.py"), name, str(length)]
+    started = subprocess.Popen(
+        [*command, "memory"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    return finish(started)["mb"]
+
+
+def measure_ranks(name: str, length: int) -> dict[str, float]:
+    """Seconds by the clock for as many steps of one process of one thread, and of two at once.
+
+    The two average their gradients as data-parallel ranks do (gloo); they do twice the cells, so
+    the time of two is halved.
+    """
+    seconds = {}
+    command = [sys.executable, "-W", "ignore", str(RUNS / "encoder.py"), name, str(length), "rank"]
+    for world in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            started = [
+                subprocess.Popen(
+                    [*command, str(rank), str(world), f"{folder}/store"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for rank in range(world)
+            ]
+            slowest = max(finish(run)["seconds"] for run in started)
+        seconds["one" if world == 1 else "two"] = round(slowest / world, 3)
+    return seconds
+
+
+def time_by_part(trainer: Trainer, length: int) -> dict[str, float]:
+    """Shares of a step's operator time, by what the operators do."""
+    batch = draw(1, length)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer.step(batch)
+    parts: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        if "attention" in name:
+            part = "attention"
+        elif any(word in name for word in ("aten::mm", "addmm", "bmm")):
+            part = "other products"
+        elif "adam" in name:
+            part = "update"
+        elif "gelu" in name or "layer_norm" in name:
+            part = "GELU and LayerNorm"
+        else:
+            part = "copies, sums and the rest"
+        parts[part] += event.self_cpu_time_total
+    total = sum(parts.values())
+    return {part: round(time / total, 3) for part, time in sorted(parts.items())}
+
+
+def compare(
+    steps: Times, forward: Times, grid: dict[str, float], memory: dict[str, float], best: str
+) -> Ratios:
+    def times(one: str, other: str, of: Times = steps) -> float | None:
+        pairs = zip(of.get(one, ()), of.get(other, ()), strict=False)
+        ratios = [theirs / ours for theirs, ours in pairs]
+        return median(ratios) if ratios else None
+
+    longest = max(int(name.split(", ")[1].split()[0]) for name in grid if name.startswith(best))
+
+    def per_token(length: int) -> float:
+        return grid[f"{best}, {length} positions, batch 1"] / length
+
+    def share(name: str) -> float | None:
+        return memory[name] / memory[REFERENCE] if name in memory else None
+
+    return {
+        "full_torch": times(REFERENCE, "torch"),
+        "full_native": times(REFERENCE, "native"),
+        "full_fp32": times(REFERENCE, "fp32"),
+        "native_vs_autocast": times(f"{REFERENCE}_autocast", "native"),
+        "autocast": times(REFERENCE, f"{REFERENCE}_autocast"),
+        "memory": share("native"),
+        "memory_checkpointed": share("native_checkpointed"),
+        "expressed_vs_full": times("native", "native_expressed"),
+        "expressed": times(REFERENCE, "native_expressed"),
+        "forward": times(REFERENCE, best, forward),
+        "linearity": per_token(longest) / per_token(LENGTHS[0]),
+        "batch_8_vs_1": grid[f"{best}, {LENGTHS[1]} positions, batch 8"]
+        / grid[f"{best}, {LENGTHS[1]} positions, batch 1"],
+    }
+
+
+def figures_of(steps: Times, memory: dict[str, float], length: int) -> dict[str, Any]:
+    """CPU-seconds, memory, and arithmetic beside the peak of a plain product, case by case."""
+    peaks = {name: product_peak(dtype) for name, dtype in PRECISIONS.items()}
+    figures: dict[str, Any] = {"product_peak_gflops": {k: round(v) for k, v in peaks.items()}}
+    for name, seconds in steps.items():
+        narrow = name not in (REFERENCE, "fp32")
+        numbers = {"cpu_s": round(median(seconds), 3)}
+        if name != "native_expressed":  # the published model's arithmetic, however it is computed
+            rate = step_gflop(length) / median(seconds)
+            numbers |= {"gflops": rate, "of_peak": rate / peaks["bf16" if narrow else "fp32"]}
+        if name in memory:
+            numbers["mb"] = memory[name]
+        figures[name] = {key: round(value, 3) for key, value in numbers.items()}
+    return figures
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def product_peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest of a few plain products into memory that is there already."""
+    rates = []
+    for rows, inner, columns in ((2_048, 2_048, 2_048), (4_096, 512, 512), (4_096, 224, 1_920)):
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        seconds = min(cpu_seconds(partial(torch.mm, a, b, out=out)) for _ in range(6))
+        rates.append(2 * rows * inner * columns / seconds / 1e9)
+    return max(rates)
+
+
+def step_gflop(length: int) -> float:
+    """Floating-point operations of forward and backward of the published model, in 10⁹.
+
+    Each weight multiplies twice more in the backward pass. Attention makes four products of
+    (m × 64) per token and head forward and, with features kept, six more backward.
+    """
+    dim, inner, depth, features = 200, 640, 6, 266
+    weights = 3 * dim * inner + inner * dim + 2 * 4 * dim * dim
+    attention = 10 * inner * features
+    return 2 * length * depth * (3 * weights + attention) / 1e9
+
+
+if __name__ == "__main__":
+    main()
