@@ -55,6 +55,7 @@ def model_card(
         _section("Panel and recipe", _recipe(config)),
         *_scores(config),
         _section("Lineage", _lineage(config)),
+        _section("Settings", _settings(config)),
         _section("Limits", [f"- {line}" for line in LIMITS[kind]]),
         _section("Licence", [licence or "Not stated for these weights; ask who registered them."]),
         _section("Files", _table(("file", "bytes", "sha256"), _file_rows(files))),
@@ -134,6 +135,12 @@ def _lineage(config: Mapping[str, Any]) -> list[str]:
     if config["kind"] == "classifier":
         facts = {"pretrained": provenance.get("pretrained"), **facts}
     return _facts(facts)
+
+
+def _settings(config: Mapping[str, Any]) -> list[str]:
+    """The resolved configuration of the training, a row per setting."""
+    rows: list[tuple[Any, ...]] = list(_group(config, "settings").items())
+    return _table(("setting", "value"), rows) if rows else [UNKNOWN]
 
 
 def _f1_of(accuracy: str) -> str:

@@ -1,8 +1,13 @@
 """The model card says what was recorded, and of what was not that it was not."""
 
+from pathlib import Path
+
 import pytest
 
+from finetune.config import FinetuneConfig, LabelledConfig
 from finetune.model_card import MAX_DESCRIPTION, description, model_card
+from pretrain.config import TrackingConfig
+from pretrain.mlflow_records import recorded
 from tests.support.entries import classifier_settings
 
 FILES = {"genes.txt": {"bytes": 1234, "sha256": "ab" * 32}}
@@ -34,6 +39,21 @@ def test_labels_cannot_break_the_table(label: str) -> None:
     (row,) = [line for line in card.splitlines() if line.endswith("| 0.8000 | 0.8500 |")]
     assert row.replace("\\|", "").count("|") == 6
     assert "hunter2" not in card
+
+
+def test_settings_are_shown_without_places(tmp_path: Path) -> None:
+    config = FinetuneConfig(
+        encoder="https://me:hunter2@host/encoder",
+        data=LabelledConfig(path="a.h5ad"),
+        output=str(tmp_path),
+        tracking=TrackingConfig(uri="http://me:hunter2@host"),
+    )
+    settings = {**classifier_settings(0.9, 0.8), "settings": recorded(config)}
+    card = model_card("x", settings, FILES)
+    assert "| lr | 0.001 |" in card
+    assert "| encoder | https://host/encoder |" in card
+    assert "hunter2" not in card
+    assert str(tmp_path) not in card
 
 
 def test_long_cards_are_cut_for_the_database() -> None:

@@ -1,0 +1,144 @@
+"""launchers/slurm/finetune_array.sbatch under a real Slurm: every row ends exactly once."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune.config import FinetuneConfig
+from finetune.sweep import RowReport, count_states, report_rows
+from finetune.sweep_table import SweepRow, read_table
+from launchers.flags import setting_types
+from launchers.sweep import main
+from pretrain.mlflow_client import connect
+from tests.support.cluster import ROOT
+from tests.support.labelled import write_encoder, write_labelled
+from tests.support.mlflow_store import fresh_store
+from tests.support.slurm import Slurm, missing, start_slurm
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+SCRIPT = ROOT / "launchers" / "slurm" / "finetune_array.sbatch"
+NUM_ROWS = 24
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    assert not missing(), f"these tests start Slurm: {missing()}"
+    with start_slurm(tmp_path_factory.mktemp("slurm") / "cluster", 2) as running:
+        yield running
+
+
+class Sweep:
+    """A sweep of tiny trainings in a folder, and the tasks that train them."""
+
+    def __init__(self, slurm: Slurm, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        write_labelled(folder / "a.h5ad", 30)
+        write_encoder(folder / "encoder")
+        lines = [f"{'late' if seed in (5, 9) else 'a'}.h5ad,{seed}" for seed in range(NUM_ROWS)]
+        (folder / "table.csv").write_text("\n".join(["data,seed", *lines]) + "\n")
+        self.rows: list[SweepRow] = read_table(folder / "table.csv", setting_types(FinetuneConfig))
+
+    def submit(self, array: str) -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        small = ["--epochs", "1", "--head.hidden", "4", "--head.bottleneck", "4"]
+        small += ["--head.expression", "false"]
+        job = self.slurm.call(
+            *("sbatch", "--parsable", f"--array={array}%4", f"--export=ALL,PATH={path}"),
+            *(str(SCRIPT), "table.csv", "--output", "sweep", "--encoder", "encoder", *small),
+            cwd=self.folder,
+        )
+        return job.strip()
+
+    def reports(self) -> list[RowReport]:
+        return report_rows(self.rows, self.folder / "sweep")
+
+    def running(self, but: set[int], seconds: float = 120) -> RowReport:
+        """Wait for a row that is being trained."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for report in self.reports():
+                if report.state == "running" and report.row.number not in but:
+                    return report
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
+
+    def strike(self, but: set[int], *command: str) -> int:
+        """Give a Slurm command to a task whose row is being trained; return the row's number."""
+        deadline = time.monotonic() + 120
+        while True:
+            number = self.running(but).row.number
+            with contextlib.suppress(AssertionError):  # Slurm is busy with this very task
+                self.slurm.call(*command[:-1], f"{command[-1]}_{number}")
+                return number
+            assert time.monotonic() < deadline, self.slurm.call("squeue") + self.logs()
+            time.sleep(0.2)
+
+    def wait_until_idle(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.slurm.call("squeue", "--noheader").strip():
+            assert time.monotonic() < deadline, self.slurm.call("squeue") + self.logs()
+            time.sleep(0.5)
+
+    def logs(self) -> str:
+        return "\n".join(p.read_text() for p in sorted(self.folder.glob("scbert-sweep-*.log")))
+
+
+def test_every_row_of_an_array_ends_once(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep(slurm, tmp_path)
+    job = sweep.submit(f"1-{NUM_ROWS + 1}")  # one task more than there are rows
+    hit: set[int] = set()
+
+    # As --signal=B:USR1@120 warns before the time limit.
+    hit.add(sweep.strike(hit, "scancel", "--batch", "--signal=USR1", job))
+    killed = sweep.running(hit)
+    hit.add(killed.row.number)
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        words = command.read_bytes().split(b"\0") if command.exists() else []
+        if words[-3:-1] == [b"--row", str(killed.row.number).encode()] and b"sweep" in words:
+            os.kill(int(command.parent.name), signal.SIGKILL)
+    hit.add(sweep.strike(hit, "scontrol", "requeue", job))  # as preemption does it
+
+    sweep.wait_until_idle(400)
+    said = sweep.logs()
+    reports = sweep.reports()
+    assert count_states(reports) == {"done": NUM_ROWS - 2, "failed": 2}, said
+    failed = [report.row.number for report in reports if report.state == "failed"]
+    assert failed == [6, 10]
+    assert all("late.h5ad" in str(report.error) for report in reports if report.error)
+    assert f"there is no row {NUM_ROWS + 1}; submit with --array=1-{NUM_ROWS}" in said
+    attempts = {report.row.number: report.found.attempts for report in reports if report.found}
+    assert {number for number, count in attempts.items() if count > 1} <= hit
+    assert sum(count > 1 for count in attempts.values()) >= 2, attempts
+    assert "requeued after exit code 75" in said
+
+    write_labelled(tmp_path / "late.h5ad", 30)
+    where = [str(tmp_path / "table.csv"), "--output", str(tmp_path / "sweep")]
+    capsys.readouterr()
+    assert main(["status", *where, "--rows", "failed"]) == 0
+    array = capsys.readouterr().out.strip()
+    assert array == "6,10"
+    sweep.submit(array)
+    sweep.wait_until_idle(200)
+    assert count_states(sweep.reports()) == {"done": NUM_ROWS}, sweep.logs()
+    assert sweep.logs().count(" is done: accuracy") >= NUM_ROWS
+
+    uri = fresh_store(tmp_path)
+    assert main(["collect", *where, "--tracking_uri", uri]) == 0
+    client = connect(uri)
+    numbers = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs(numbers, max_results=500)
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert sorted(int(run.data.tags["sweep.row"]) for run in children) == [*range(1, NUM_ROWS + 1)]
+    assert len(runs) == NUM_ROWS + 1
+    assert len(json.loads((tmp_path / "sweep" / "results.json").read_text())["rows"]) == NUM_ROWS
