@@ -12,63 +12,63 @@ from scipy import sparse
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datastore.binning import tokenize
-from datastore.config import BinningConfig
+from datastore.binning import expression_values, to_dense, tokenize
 from datastore.genes import GenePanel
 from finetune.config import HeadConfig
+from finetune.expression import counts_per_10k
+from finetune.heads import HEADS, ExpressionLogits
+from finetune.novelty import NoveltyDetector, detector_shape
 from pretrain.encoder import ExpressionEncoder
 from pretrain.export import Export, read_export, write_export
-
-
-class ConvHead(nn.Module):
-    """One value per gene by convolution, then two layers, then classes (scBERT, Methods).
-
-    Between convolution and layers the published head has a ReLU; with `normalize` the values are
-    brought to mean 0 and variance 1 over the training cells instead. In evaluation these are
-    constants, so a cell's result does not depend on its batch.
-    """
-
-    def __init__(self, dim: int, length: int, num_classes: int, config: HeadConfig) -> None:
-        super().__init__()
-        # A convolution with a kernel of 1 × D over the embedding is a linear map per gene.
-        self.convolution = nn.Linear(dim, 1)
-        self.activation = nn.BatchNorm1d(length, affine=False) if config.normalize else nn.ReLU()
-        self.hidden = nn.Linear(length, config.hidden)
-        self.bottleneck = nn.Linear(config.hidden, config.bottleneck)
-        self.classes = nn.Linear(config.bottleneck, num_classes)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify.
-
-        Args:
-            states: Encoder states, (B, G + 1, D).
-
-        Returns:
-            Logits, (B, C), and the cell embedding, (B, bottleneck).
-        """
-        per_gene = self.activation(self.convolution(states).squeeze(-1))  # (B, G + 1)
-        hidden = self.dropout(torch.relu(self.hidden(per_gene)))
-        embedding = torch.relu(self.bottleneck(hidden))
-        return self.classes(self.dropout(embedding)), embedding
 
 
 class CellClassifier(nn.Module):
     """Names the type of a cell from its tokens."""
 
     def __init__(
-        self, encoder: ExpressionEncoder, labels: tuple[str, ...], config: HeadConfig
+        self,
+        encoder: ExpressionEncoder,
+        labels: tuple[str, ...],
+        config: HeadConfig,
+        expression: ExpressionLogits | None = None,
+        novelty: NoveltyDetector | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.labels = labels
         self.config = config
-        self.head = ConvHead(encoder.config.dim, encoder.num_genes + 1, len(labels), config)
+        self.head: Any = HEADS[config.kind](
+            encoder.config.dim, encoder.num_genes + 1, len(labels), config
+        )
+        self.expression = expression
+        self.novelty = novelty
+        if expression is not None:  # the head begins as no correction of it
+            nn.init.zeros_(self.head.classes.weight)
+            nn.init.zeros_(self.head.classes.bias)
+        self.register_buffer("correction", torch.ones(()))
+        self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify cells: tokens (B, G) to logits (B, C) and embedding (B, bottleneck)."""
-        logits, embedding = self.head(self.encoder(tokens))
-        return logits, embedding
+    correction: Tensor
+    """How much of the head's logits is added to the experts', chosen on validation cells."""
+    temperature: Tensor
+    """What all logits are divided by, so that probabilities are calibrated."""
+
+    def forward(self, tokens: Tensor, rates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Classify cells.
+
+        Args:
+            tokens: Expression bins, (B, G).
+            rates: Counts per 10,000, (B, G), if the model has experts on expression.
+
+        Returns:
+            Calibrated logits, (B, C), and embedding, (B, bottleneck).
+        """
+        logits, embedding = self.head(self.encoder(tokens), tokens)
+        if self.expression is not None:
+            if rates is None:
+                raise ValueError("this classifier has experts on expression; give rates too")
+            logits = self.expression(rates) + self.correction * logits
+        return logits / self.temperature, embedding
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ class Predictions:
         probabilities: Per class, float32, (N, C).
         embedding: Cell embedding, float32, (N, bottleneck).
         labels: The class names, C.
+        novelty: Strangeness of each cell, float32, (N,), if the model has a detector.
     """
 
     probabilities: NDArray[np.float32]
     embedding: NDArray[np.float32]
     labels: tuple[str, ...]
+    novelty: NDArray[np.float32] | None = None
 
     @property
     def best(self) -> list[str]:
@@ -97,51 +99,83 @@ class Predictions:
         return highest
 
 
-def predict(model: CellClassifier, counts: sparse.csr_matrix, batch_size: int) -> Predictions:
+def predict(
+    model: CellClassifier, counts: sparse.csr_matrix, batch_size: int, *, progress: bool = True
+) -> Predictions:
     """Classify cells; a cell's result depends on the cell alone.
 
     Args:
         model: The classifier.
         counts: Raw counts in panel order, CSR of shape (N, G).
         batch_size: Cells per forward pass.
+        progress: Show a bar when somebody watches.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    probabilities, embeddings = [], []
-    with torch.no_grad(), tqdm(total=counts.shape[0], unit="cell", disable=None) as bar:
-        for tokens in token_batches(counts, batch_size, model.encoder.binning):
-            logits, embedding = model(tokens.to(device))
-            probabilities.append(logits.float().softmax(-1).cpu().numpy())
-            embeddings.append(embedding.float().cpu().numpy())
+    parts: list[tuple[Tensor, ...]] = []
+    hidden = None if progress else True
+    with torch.no_grad(), tqdm(total=counts.shape[0], unit="cell", disable=hidden) as bar:
+        for start, tokens in zip(
+            range(0, counts.shape[0], batch_size),
+            token_batches(counts, batch_size, model.encoder),
+            strict=True,
+        ):
+            rates = dense_rates(counts[start : start + batch_size], device)
+            logits, embedding = model(tokens.to(device), rates)
+            part = [logits.float().softmax(-1), embedding.float()]
+            if model.novelty is not None:
+                part.append(model.novelty(logits.float(), rates))
+            parts.append(tuple(values.cpu() for values in part))
             bar.update(len(tokens))
     model.train(was_training)
-    return Predictions(np.concatenate(probabilities), np.concatenate(embeddings), model.labels)
+    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+    return Predictions(columns[0], columns[1], model.labels, *columns[2:])
+
+
+def dense_rates(counts: sparse.csr_matrix, device: torch.device) -> Tensor:
+    """Counts per 10,000 of some cells, float32 (B, G)."""
+    return torch.from_numpy(counts_per_10k(counts).toarray()).to(device)
 
 
 def token_batches(
-    counts: sparse.csr_matrix, batch_size: int, binning: BinningConfig
+    counts: sparse.csr_matrix, batch_size: int, encoder: ExpressionEncoder
 ) -> Iterator[Tensor]:
-    """Cut counts in panel order into batches of tokens, uint8 (B, G)."""
+    """Cut counts in panel order into batches of what an encoder takes.
+
+    Yields:
+        Tokens, uint8 (B, G); of a continuous encoder log2(1 + CP10k), float32 (B, G).
+    """
     for start in range(0, counts.shape[0], batch_size):
         part = counts[start : start + batch_size]
-        tokens = tokenize(
-            part.indptr.astype(np.int64), part.indices, part.data, part.shape[1], binning
-        )
-        yield torch.from_numpy(tokens)
+        indptr = part.indptr.astype(np.int64)
+        if encoder.config.expression == "continuous":
+            values = expression_values(indptr, part.data, encoder.binning)
+            dense = to_dense(indptr, part.indices, values, part.shape[1])
+        else:
+            dense = tokenize(indptr, part.indices, part.data, part.shape[1], encoder.binning)
+        yield torch.from_numpy(dense)
 
 
 def save_classifier(
     folder: Path, model: CellClassifier, panel: GenePanel, metadata: dict[str, Any]
 ) -> None:
     """Write a classifier as an export of kind `classifier`."""
+    parts: dict[str, Any] = {"head": asdict(model.config)}
+    if model.expression is not None:
+        parts["expression"] = {
+            "scales": list(model.expression.scales),
+            "num_genes": len(model.expression.genes),
+        }
+    if model.novelty is not None:
+        parts["novelty"] = detector_shape(model.novelty)
     write_export(
         folder,
         "classifier",
         model.encoder,
         panel,
         model.state_dict(),
-        {"head": asdict(model.config), **metadata},
+        {**metadata, **parts},
         {"labels.txt": "\n".join(model.labels) + "\n"},
     )
 
@@ -157,17 +191,37 @@ def load_classifier(folder: str | Path) -> tuple[CellClassifier, Export]:
     if not path.is_file():
         raise ValueError(f"{export.path} is not a classifier: labels.txt is missing")
     labels = tuple(path.read_text(encoding="utf-8").splitlines())
-    model = CellClassifier(export.encoder(), labels, HeadConfig(**export.metadata["head"]))
-    head = {
-        name.removeprefix("head."): value
-        for name, value in export.weights.items()
-        if name.startswith("head.")
-    }
+    model = _blank(export, labels)
+    own = {name: value for name, value in export.weights.items() if not name.startswith("encoder.")}
     try:
-        model.head.load_state_dict(head)
+        missing, unknown = model.load_state_dict(own, strict=False)
     except RuntimeError as error:
         raise ValueError(
             f"{export.path}: the head's weights do not fit its {len(labels)} labels: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from error
+    # Exports of before there were these two had neither.
+    needed = [name for name in missing if not name.startswith("encoder.")]
+    if lost := sorted({*needed, *unknown} - {"correction", "temperature"}):
+        raise ValueError(f"{export.path}: the weights {lost[0]} (and maybe others) do not fit")
     return model.eval(), export
+
+
+def _blank(export: Export, labels: tuple[str, ...]) -> CellClassifier:
+    """Build the classifier that an export describes, its encoder with the exported weights."""
+    expression = novelty = None
+    if "expression" in export.metadata:
+        shape = export.metadata["expression"]
+        expression = ExpressionLogits(shape["num_genes"], len(labels), shape["scales"])
+    settings = export.metadata.get("novelty", {})
+    if "shape" in settings:
+        novelty = NoveltyDetector(
+            settings["shape"][0],
+            settings["shape"][1],
+            len(labels),
+            settings["score"],
+            settings["rule"],
+            settings["threshold"],
+        )
+    head = HeadConfig(**export.metadata["head"])
+    return CellClassifier(export.encoder(), labels, head, expression, novelty)

@@ -97,6 +97,35 @@ def stratified_split(
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
+def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
+    """Deal the cells of each class to folds in turn.
+
+    The only cell of a class is always trained on. So every class is known in every fold, however
+    few its cells, which scikit-learn's StratifiedKFold does not promise.
+
+    Args:
+        labels: Cell types, (N,).
+        num_folds: How many folds, two or more.
+        seed: The same seed gives the same folds.
+
+    Returns:
+        Fold of each cell, int64 of shape (N,); -1 for the only cell of a class.
+
+    Raises:
+        ValueError: If there are fewer than two folds.
+    """
+    if num_folds < 2:
+        raise ValueError(f"num_folds is {num_folds}; give two or more")
+    rng = np.random.default_rng([seed, num_folds])
+    folds = np.full(len(labels), -1)
+    for name in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == name))
+        if len(rows) > 1:
+            # A random first fold spreads the small classes over all folds.
+            folds[rows] = (np.arange(len(rows)) + rng.integers(num_folds)) % num_folds
+    return folds
+
+
 def _num_held_out(num_cells: int, test_share: float) -> int:
     """Cells of one class for the test side: the nearest whole number that leaves both sides one."""
     if num_cells < 2:

@@ -1,49 +1,48 @@
-"""Fine-tuning: a pretrained encoder and labelled cells in, a classifier and its report out."""
+"""Fine-tuning: a pretrained encoder and labelled cells in, a classifier and its report out.
 
+1. Labelled cells are split into a training side, of which some cells validate, and a test side.
+2. Linear experts on expression are tuned inside the training side (`finetune.experts`).
+3. The network learns to correct what they say of cells that they did not see (`finetune.fitting`).
+4. Probabilities are calibrated and novelty thresholds set on cells that nothing was fitted on.
+5. The test side is labelled, beside the baselines; export, scores and figures are written.
+"""
+
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
-from torch import nn
 
-from datastore.genes import GenePanel
-from datastore.randomness import derive_key
-from datastore.store import write_json
-from finetune.baselines import BaselineResult, run_baselines, verdict
-from finetune.cells import labels_of, panel_counts, read_adata
-from finetune.classifier import CellClassifier, predict, save_classifier, token_batches
-from finetune.config import FinetuneConfig
+from finetune.baselines import BaselineResult, majority, nearest_mean, regression_of, run_baselines
+from finetune.classifier import CellClassifier, Predictions, predict, save_classifier
+from finetune.config import FinetuneConfig, LabelledConfig
 from finetune.dataset import stratified_split
+from finetune.expert_pool import ExpertPool, fit_pool, temperature
+from finetune.explaining import write_run_reasons
+from finetune.expression import counts_per_10k, variable_genes
+from finetune.figures import score_table
+from finetune.fitting import Cells, Inputs, fit_network, seeded
+from finetune.heads import expression_logits
 from finetune.metrics import ClassificationScores, score
-from finetune.registry import resolve_model
-from finetune.report import plot_confusion, plot_scores, score_table
-from pretrain.config import OptimConfig
-from pretrain.export import git_commit, read_export
-from pretrain.schedule import learning_rate
+from finetune.novelty import fit_detector
+from finetune.outcome import write_outcome
+from finetune.page import report
+from finetune.resume import begin, finish
+from finetune.sides import Labelled, Sides, Start, file_digest, read_sides, sides_of
+from finetune.split_digest import split_digest
+from finetune.verdict import verdict
+from pretrain.export import git_commit
+from pretrain.mlflow_records import recorded
 from pretrain.tracking import Tracker, start_run
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Counts in panel order and cell types of one side."""
-
-    counts: sparse.csr_matrix
-    labels: NDArray[np.str_]
-
-    def take(self, rows: NDArray[np.int64]) -> "Split":
-        """Some of the cells."""
-        return Split(self.counts[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,58 @@ class FinetuneResult:
     verdict: str
     table: str
     run_id: str | None
+    predictions: Predictions
+    """What the classifier says of the test side, in its order."""
+    seconds: float
+    """Wall-clock time of the training."""
 
 
-def finetune(config: FinetuneConfig, device: torch.device) -> FinetuneResult:
-    """Train a classifier, score it beside its baselines on the same held-out cells, export it."""
-    output = Path(config.output)
-    pretrained = resolve_model(config.encoder, uri=config.tracking.uri)
-    export = read_export(pretrained.path, "encoder")
-    learn, test = _split(config, export.panel)
-    train_rows, validation_rows = stratified_split(
-        learn.labels, config.data.validation_share, config.seed
+def finetune(config: FinetuneConfig, device: torch.device, *, page: bool = False) -> FinetuneResult:
+    """Train a classifier, score it beside its baselines on the same held-out cells, export it.
+
+    An interrupted training, started again with the same settings and cells, continues. With `page`
+    the run also gets its page, `report.html`.
+    """
+    return run(config, read_sides(config), device, page=page)
+
+
+def fit(
+    adata: anndata.AnnData,
+    output: str | Path,
+    *,
+    encoder: str = "none",
+    label_key: str = "cell_type",
+    test: anndata.AnnData | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> FinetuneResult:
+    """Fine-tune on labelled cells in memory, as `finetune` does on files.
+
+    Args:
+        adata: Cells with raw counts and their types.
+        output: Folder for metrics, figures and the classifier's export.
+        encoder: A pretrained export, `models:/name@alias`, or `none` for random weights.
+        label_key: Column of obs with the types.
+        test: Held-out cells; none holds out a share of each type.
+        device: Where to compute; none takes a GPU if there is one.
+        **settings: Further fields of `finetune.config.FinetuneConfig`.
+    """
+    config = FinetuneConfig(
+        encoder=encoder,
+        output=str(output),
+        data=LabelledConfig(path="adata", label_key=label_key),
+        **settings,
     )
-    classes = tuple(str(name) for name in np.unique(learn.labels))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return run(config, sides_of(adata, config, test), chosen)
+
+
+def run(
+    config: FinetuneConfig, sides: Sides, device: torch.device, *, page: bool = False
+) -> FinetuneResult:
+    """Fine-tune on cells that are read and split."""
+    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with _seeded(config.seed, "head"):
-        model = CellClassifier(export.encoder(), classes, config.head).to(device)
-    lineage = pretrained.uri or str(pretrained.path)
     with start_run(
         config.tracking.uri,
         config.tracking.experiment,
@@ -79,252 +114,173 @@ def finetune(config: FinetuneConfig, device: torch.device) -> FinetuneResult:
         is_first=True,
         tags={
             "kind": "finetune",
-            "pretrained": lineage,
+            "pretrained": sides.start.lineage,
             "git_commit": git_commit() or "unknown",
         },
         metrics_path=output / "metrics.jsonl",
     ) as tracker:
         tracker.log_params(asdict(config))
         started = time.perf_counter()
-        with _seeded(config.seed, "dropout"):
-            _fit(model, learn.take(train_rows), learn.take(validation_rows), config, tracker)
+        pool = None
+        if config.head.expression:
+            pool = fit_pool(sides.learn.counts, sides.learn.labels, config.seed)
+            log.info("experts on expression: %s", pool.setting)
+        pool_seconds = time.perf_counter() - started
+        model = train_classifier(config, sides.start, sides.learn, pool, device, tracker, output)
         seconds = time.perf_counter() - started
-        predicted = predict(model, test.counts, config.batch_size)
-        scores = score(list(test.labels), predicted.best, _all_classes(classes, test.labels))
-        log.info("held-out accuracy %.4f; fitting the baselines", scores.accuracy)
-        baselines = run_baselines(
-            learn.counts,
-            learn.labels,
-            test.counts,
-            test.labels,
-            _all_classes(classes, test.labels),
-            config.seed,
-        )
-        result = FinetuneResult(
-            export=output / "export",
-            scores=scores,
-            baselines=baselines,
-            verdict=verdict(scores, baselines),
-            table=score_table(
-                [("scBERT", scores, seconds)] + [(b.name, b.scores, b.seconds) for b in baselines]
-            ),
-            run_id=tracker.run_id,
-        )
-        metrics = _metrics(result)
+        result = _score(config, sides, model, pool, (pool_seconds, seconds), tracker.run_id)
+        metrics = write_outcome(result, model, sides.test.labels, output)
+        if config.reasons_cells:
+            write_run_reasons(
+                model,
+                sides.start.panel,
+                sides.test.counts,
+                result.predictions.probabilities.argmax(axis=1),
+                output,
+                cells_per_type=config.reasons_cells,
+            )
         save_classifier(
-            result.export,
-            model,
-            export.panel,
-            {
-                "novelty": {"score": "max_probability", "threshold": config.novelty_threshold},
-                "metrics": metrics,
-                "per_class": scores.as_json(),
-                "provenance": {
-                    "pretrained": lineage,
-                    "run_id": tracker.run_id,
-                    "seed": config.seed,
-                    "cells_trained_on": len(learn.labels),
-                    "git_commit": git_commit(),
-                },
-            },
+            result.export, model, sides.start.panel, _metadata(config, sides, result, metrics)
         )
-        _report(result, output, tracker, metrics)
+        tracker.log_metrics(metrics, 0)
+        if page:
+            tracker.log_file(report(output))
+        tracker.log_artifacts(output / "figures", "figures")
+        tracker.log_artifacts(result.export, "export")
+    finish(output)
     return result
 
 
-@contextmanager
-def _seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Give torch's global generators a seed of their own for a while."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_key(seed, purpose) >> 1)  # torch takes 63 bits
-        yield
+def train_classifier(
+    config: FinetuneConfig,
+    start: Start,
+    learn: Labelled,
+    pool: ExpertPool | None,
+    device: torch.device,
+    tracker: Tracker,
+    folder: Path,
+) -> CellClassifier:
+    """Train on the learning side alone: experts, correction, temperature, thresholds.
+
+    Args:
+        config: What learns, and how.
+        start: Encoder and panel.
+        learn: Counts in panel order and types.
+        pool: Experts fitted on `learn`; none leaves the network alone.
+        device: Where to compute.
+        tracker: Gets loss and validation scores of each epoch.
+        folder: Keeps the progress.
+    """
+    classes, codes = np.unique(learn.labels, return_inverse=True)
+    first = np.zeros((len(codes), len(classes)), np.float32) if pool is None else pool.logits
+    cells = Cells(learn.counts, codes, first)
+    rows, held_out = stratified_split(learn.labels, config.data.validation_share, config.seed)
+    if not len(held_out):
+        held_out = rows  # a single cell of each type: there is nothing to choose by
+    expression = None if pool is None else expression_logits(pool.genes, pool.maps)
+    with seeded(config.seed, "head"):
+        labels = tuple(str(name) for name in classes)
+        model = CellClassifier(start.encoder, labels, config.head, expression).to(device)
+    begin(folder, _identity(config, learn))
+    fit_network(model, cells.take(rows), cells.take(held_out), config, tracker, folder)
+    _calibrate(model, cells, held_out, pool, config)
+    return model.eval()
 
 
-def _split(config: FinetuneConfig, panel: GenePanel) -> tuple[Split, Split]:
-    """Cells to learn from (training and validation) and held-out cells."""
-    data = config.data
-    learn = _read(data.path, config, panel)
-    if data.test_path is not None:
-        return learn, _read(data.test_path, config, panel)
-    rows, test_rows = stratified_split(learn.labels, data.test_share, config.seed)
-    return learn.take(rows), learn.take(test_rows)
-
-
-def _read(path: str, config: FinetuneConfig, panel: GenePanel) -> Split:
-    data = config.data
-    adata = read_adata(path, data.layer)
-    counts = panel_counts(adata, panel, path, data.layer, data.min_share_found)
-    return Split(counts, labels_of(adata, data.label_key, path))
-
-
-def _fit(
-    model: CellClassifier, train: Split, validation: Split, config: FinetuneConfig, tracker: Tracker
+def _calibrate(
+    model: CellClassifier,
+    cells: Cells,
+    held_out: NDArray[np.int64],
+    pool: ExpertPool | None,
+    config: FinetuneConfig,
 ) -> None:
-    """Train until the validation macro-F1 stops rising; leave the best weights in the model."""
-    codes = {name: number for number, name in enumerate(model.labels)}
-    targets = torch.tensor([codes[str(label)] for label in train.labels])
-    optimizer = _optimizer(model, config)
-    log.info("%d cells to train on, %d to validate", len(targets), len(validation.labels))
-    cells, held_out = (
-        _Inputs(model, train.counts, config),
-        _Inputs(model, validation.counts, config),
+    """Set temperature and novelty thresholds by cells that nothing was fitted on.
+
+    Where the network adds nothing, these are all training cells, by the experts' folds; else it has
+    seen all but the validation cells.
+    """
+    logits = cells.start.copy()
+    folds = np.full(len(logits), -1)
+    folds[held_out] = 0
+    if pool is not None and not float(model.correction):
+        folds = pool.folds
+    else:
+        own = Inputs(model, cells.take(held_out), config).logits() - logits[held_out]
+        logits[held_out] += float(model.correction) * own
+    if (folds >= 0).any():
+        level = temperature(logits[folds >= 0], cells.codes[folds >= 0])
+        model.temperature.fill_(level)
+        logits /= level
+    genes = pool.genes if pool is not None else variable_genes(counts_per_10k(cells.counts), 2_000)
+    device = model.temperature.device
+    model.novelty = fit_detector(
+        cells.counts, cells.codes, genes, folds, logits, **asdict(config.novelty)
+    ).to(device)
+
+
+def _score(
+    config: FinetuneConfig,
+    sides: Sides,
+    model: CellClassifier,
+    pool: ExpertPool | None,
+    seconds: tuple[float, float],
+    run_id: str | None,
+) -> FinetuneResult:
+    """Label the test side with the model and its baselines."""
+    test = sides.test
+    predicted = predict(model, test.counts, config.batch_size)
+    classes = model.labels + tuple(sorted({str(x) for x in test.labels} - set(model.labels)))
+    scores = score(list(test.labels), predicted.best, classes)
+    log.info("held-out accuracy %.4f; scoring the baselines", scores.accuracy)
+    both = (sides.learn.counts, sides.learn.labels, test.counts, test.labels, classes, config.seed)
+    if pool is None:
+        baselines = run_baselines(*both)
+    else:
+        regression = regression_of(pool, seconds[0], (test.counts, test.labels), classes)
+        first = majority(sides.learn.labels, test.labels, classes)
+        baselines = [first, nearest_mean(*both), regression]
+    rows = [("scBERT", scores, seconds[1])] + [(b.name, b.scores, b.seconds) for b in baselines]
+    return FinetuneResult(
+        export=Path(config.output) / "export",
+        scores=scores,
+        baselines=baselines,
+        verdict=verdict(scores, baselines),
+        table=score_table(rows),
+        run_id=run_id,
+        predictions=predicted,
+        seconds=seconds[1],
     )
-    steps = -(-len(targets) // config.batch_size)
-    best, since, kept = -1.0, 0, {}
-    for epoch in range(config.epochs):
-        loss_sum = 0.0
-        for step, rows in enumerate(_shuffled(len(targets), steps, config.seed, epoch)):
-            _set_rates(optimizer, epoch * steps + step, config.epochs * steps)
-            logits = cells.logits(rows)
-            loss = nn.functional.cross_entropy(logits, targets[rows].to(logits.device))
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss_sum += float(loss.detach()) * len(rows)
-        scores = score(list(validation.labels), held_out.best(), model.labels)
-        numbers = {
-            "loss": loss_sum / len(targets),
-            "validation_accuracy": scores.accuracy,
-            "validation_macro_f1": scores.macro_f1,
-        }
-        tracker.log_metrics(numbers, epoch + 1)
-        log.info(
-            "epoch %d/%d  loss %.4f  validation accuracy %.4f  macro-F1 %.4f",
-            epoch + 1,
-            config.epochs,
-            *numbers.values(),
-        )
-        since += 1
-        if scores.macro_f1 > best:
-            best, since = scores.macro_f1, 0
-            kept = {name: value.clone() for name, value in model.state_dict().items()}
-        if since == config.patience:
-            log.info("no better macro-F1 for %d epochs: stopping", since)
-            break
-    model.load_state_dict(kept)
 
 
-class _Inputs:
-    """Cells on their way into a model: as tokens, or encoded once if the encoder stays as it is."""
-
-    def __init__(
-        self, model: CellClassifier, counts: sparse.csr_matrix, config: FinetuneConfig
-    ) -> None:
-        self._model, self._counts, self._batch_size = model, counts, config.batch_size
-        encoder = model.encoder
-        num_values = counts.shape[0] * (encoder.num_genes + 1) * encoder.config.dim
-        self._states: torch.Tensor | None = None
-        if config.train == "head" and 4 * num_values <= config.cache_gigabytes * 1e9:
-            self._states = torch.empty(
-                counts.shape[0], encoder.num_genes + 1, encoder.config.dim, device=self._device
-            )
-            batches = token_batches(counts, self._batch_size, encoder.binning)
-            with torch.no_grad():
-                for number, tokens in enumerate(batches):
-                    start = number * self._batch_size
-                    states = encoder(tokens.to(self._device))
-                    self._states[start : start + len(tokens)] = states
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-    def logits(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Classify some of the cells in training mode, (len(rows), C)."""
-        self._model.train()
-        if self._states is not None:
-            logits: torch.Tensor = self._model.head(self._states[rows])[0]
-            return logits
-        (tokens,) = token_batches(self._counts[rows], len(rows), self._model.encoder.binning)
-        logits, _ = self._model(tokens.to(self._device))
-        return logits
-
-    def best(self) -> list[str]:
-        """Likeliest class of every cell, in evaluation mode."""
-        if self._states is None:
-            return predict(self._model, self._counts, self._batch_size).best
-        self._model.eval()
-        with torch.no_grad():
-            parts = self._states.split(self._batch_size)
-            codes = torch.cat([self._model.head(part)[0].argmax(-1) for part in parts])
-        return [self._model.labels[code] for code in codes.tolist()]
-
-
-def _optimizer(model: CellClassifier, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over what learns; everything else is frozen."""
-    encoder = model.encoder
-    learning: list[nn.Module] = []
-    if config.train == "last_block":
-        learning = [encoder.blocks[-1], encoder.norm]
-    if config.train == "all":
-        learning = [encoder]
-    frozen_tables = [] if encoder.config.gene_embedding == "learned" else [encoder.genes]
-    encoder.requires_grad_(False)
-    for module in learning:
-        module.requires_grad_(True)
-    for table in frozen_tables:
-        if table is not None:
-            table.requires_grad_(False)
-    groups = [
-        {"params": list(model.head.parameters()), "highest_lr": config.lr},
-        {
-            "params": [weight for weight in encoder.parameters() if weight.requires_grad],
-            "highest_lr": config.encoder_lr,
+def _metadata(
+    config: FinetuneConfig, sides: Sides, result: FinetuneResult, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What the export says of itself besides its shape."""
+    path = config.data.test_path or config.data.path
+    return {
+        "metrics": metrics,
+        "per_class": result.scores.as_json(),
+        "evaluation": {
+            "split": split_digest(sides.test.counts, sides.test.labels),
+            "num_cells": len(sides.test.labels),
+            "data": {"name": Path(path).name, "sha256": file_digest(path)},
         },
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], weight_decay=config.weight_decay
-    )
+        "settings": recorded(config),
+        "provenance": {
+            "pretrained": sides.start.lineage,
+            "run_id": result.run_id,
+            "seed": config.seed,
+            "cells_trained_on": len(sides.learn.labels),
+            "git_commit": git_commit(),
+        },
+    }
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int) -> None:
-    """Ten steps of warm-up, then a cosine to zero, each group from its own highest rate."""
-    shape = OptimConfig(lr=1.0, min_lr=0.0, schedule="cosine", warmup_steps=10)
-    scale = learning_rate(step, total_steps, total_steps, shape)
-    for group in optimizer.param_groups:
-        group["lr"] = scale * group["highest_lr"]
-
-
-def _shuffled(
-    num_cells: int, num_batches: int, seed: int, epoch: int
-) -> Iterator[NDArray[np.int64]]:
-    """Rows of each batch of an epoch: each cell once, sizes equal to one cell."""
-    order = np.random.default_rng(derive_key(seed, "finetune", epoch)).permutation(num_cells)
-    yield from np.array_split(order, num_batches)
-
-
-def _all_classes(classes: tuple[str, ...], labels: NDArray[np.str_]) -> tuple[str, ...]:
-    """The model's classes, then those that only the held-out cells have."""
-    return classes + tuple(sorted({str(label) for label in labels} - set(classes)))
-
-
-def _metrics(result: FinetuneResult) -> dict[str, float]:
-    metrics = {"accuracy": result.scores.accuracy, "macro_f1": result.scores.macro_f1}
-    for baseline in result.baselines:
-        name = baseline.name.replace(" ", "_")
-        metrics[f"{name}_accuracy"] = baseline.scores.accuracy
-        metrics[f"{name}_macro_f1"] = baseline.scores.macro_f1
-    return metrics
-
-
-def _report(
-    result: FinetuneResult, output: Path, tracker: Tracker, metrics: dict[str, float]
-) -> None:
-    """Write scores and figures, and log them with the export."""
-    figures = output / "figures"
-    figures.mkdir(exist_ok=True)
-    plot_confusion(result.scores, figures / "confusion.png")
-    named = {"scBERT": result.scores}
-    named |= {baseline.name: baseline.scores for baseline in result.baselines}
-    plot_scores(named, figures / "scores.png")
-    write_json(
-        output / "scores.json",
-        {"verdict": result.verdict, "metrics": metrics, "ours": result.scores.as_json()},
-    )
-    tracker.log_metrics(metrics, 0)
-    tracker.log_artifacts(figures, "figures")
-    tracker.log_artifacts(result.export, "export")
+def _identity(config: FinetuneConfig, learn: Labelled) -> str:
+    """Name what is trained on what: progress of anything else is not continued."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "tracking")}
+    text = json.dumps(settings, sort_keys=True) + split_digest(learn.counts, learn.labels)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -32,10 +32,11 @@ def _main(argv: list[str] | None) -> None:
 
     from finetune.train import finetune
 
-    result = finetune(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = finetune(config, device, page=True)
     cli.echo(result.table)
     cli.echo(result.verdict)
-    cli.echo(f"export: {result.export}")
+    cli.echo(f"export: {result.export}, page: {config.output}/report.html")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def _summarize(run: Path, database: str, seconds: float) -> None:
     import anndata
     import pandas as pd
 
+    from finetune.figures import plot_confusion, plot_loss, plot_umap, umap_embedding
     from finetune.metrics import score
-    from finetune.report import plot_confusion, plot_loss, plot_umap, umap_embedding
     from finetune.train import read_history
 
     truth = anndata.read_h5ad(run / "data" / "heldout_truth.h5ad").obs["cell_type"].astype(str)
@@ -203,6 +203,7 @@ def _summarize(run: Path, database: str, seconds: float) -> None:
         "Model        small, for a first run: 2 blocks of width 64 on the 2,000 genes of highest "
         "variance; the published model is --preset scbert",
         f"Files        {run}/annotated.h5ad, {run}/annotated.csv, figures in {figures}/",
+        f"Page         {run}/finetune/report.html: scores, errors, genes that decided",
         f"Runs         mlflow ui --backend-store-uri {database}",
         f"Time         {seconds / 60:.1f} minutes",
     ]

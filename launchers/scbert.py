@@ -14,10 +14,18 @@ COMMANDS: Final = {
     "store bench": ("launchers.store", "bench"),
     "genes": ("launchers.genes",),
     "pretrain": ("launchers.pretrain",),
+    "estimate": ("launchers.estimate",),
+    "export": ("launchers.export",),
     "finetune": ("launchers.finetune",),
+    "report": ("launchers.report",),
+    "benchmark": ("launchers.benchmark",),
+    "check": ("launchers.check",),
     "annotate": ("launchers.annotate",),
     "models": ("launchers.registry",),
+    "sweep": ("launchers.sweep",),
     "quickstart": ("launchers.quickstart",),
+    "doctor": ("launchers.doctor",),
+    "completion": ("launchers.completion",),
 }
 """Words → module of the launcher, and the words that it is called with besides the user's."""
 
@@ -31,10 +39,18 @@ scbert: pretrain single-cell transformers on millions of cells, and label cell t
   scbert store bench     how fast does it read here?
   scbert genes embed     gene vectors: import gene2vec, or train them from a store
   scbert pretrain        masked-gene pretraining on a store
+  scbert estimate        memory, speed and traffic of a pretraining before it is queued
+  scbert export          a checkpoint, or a published .pth, as a model for use
   scbert finetune        a cell-type classifier from a pretrained encoder
-  scbert annotate        labels for the cells of an .h5ad
-  scbert models          register, list and pull models (MLflow)
+  scbert report          a page that shows a fine-tuning: scores, errors, genes
+  scbert benchmark       methods side by side on labelled cells, and who wins
+  scbert check           what a file of cells holds, and what annotation would do
+  scbert annotate        labels for the cells of a file or a store
+  scbert models          register, list, show, promote, pull and verify models (MLflow)
+  scbert sweep           a table of trainings: data sets × folds × seeds, by a Slurm array
   scbert quickstart      all of it on real cells, in minutes
+  scbert doctor          is this machine ready, and if not, what is to be done?
+  scbert completion      words and flags for bash or zsh: source <(scbert completion bash)
 
   scbert store build --preset quickstart --sources data/*.h5ad --output cells.zarr
   scbert pretrain --preset quickstart --store cells.zarr --output runs/pretrain
@@ -45,6 +61,9 @@ scbert: pretrain single-cell transformers on millions of cells, and label cell t
 A store may be a folder or s3://bucket/cells.zarr, gs://… or https://…. Each command shows its
 settings with --help; pretraining on several processes or machines is started by
 `deepspeed launchers/pretrain.py …` with the same settings.
+
+Exit codes: 0 done, 1 found wanting (verify, doctor, collect) or a bug of ours, 2 wrong input or
+setting (one sentence), 75 stopped as asked (start the same command again), 130 interrupted.
 """
 
 

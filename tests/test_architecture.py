@@ -31,6 +31,7 @@ DOORS = {
         "finetune/registry.py",
         "finetune/registry_client.py",
         "finetune/registry_files.py",
+        "finetune/sweep_delivery.py",
     },
     "performer_pytorch": {"pretrain/encoder.py", "pretrain/favor.py"},
     "tensorstore": {"datastore/reader.py", "datastore/storage.py"},
@@ -40,7 +41,12 @@ DOORS = {
 UNSAFE_LOADERS = {"cloudpickle", "dill", "joblib", "pickle"}
 
 LONGEST_LAUNCHER = 80
-LONGER_LAUNCHERS = {"launchers/cli.py", "launchers/quickstart.py"}
+LONGER_LAUNCHERS = {
+    "launchers/cli.py",
+    "launchers/fan_out.py",
+    "launchers/quickstart.py",
+    "launchers/scbert.py",
+}
 
 
 @dataclass(frozen=True)

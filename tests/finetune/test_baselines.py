@@ -4,23 +4,18 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from finetune import baselines
-from finetune.baselines import BaselineResult, logistic_regression, majority, run_baselines, verdict
-from finetune.dataset import stratified_split
+from finetune.baselines import (
+    BaselineResult,
+    logistic_regression,
+    majority,
+    marker_scoring,
+    run_baselines,
+)
+from finetune.dataset import stratified_folds, stratified_split
+from finetune.expression import counts_per_10k, variable_genes
 from finetune.metrics import ClassificationScores, score
-
-NAMES = np.array(["a", "b", "c", "rare"])
-
-
-def simulated_cells(num_cells: tuple[int, ...], seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Poisson counts of 60 genes; each type has five genes of its own, and depth varies by cell."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(NAMES[: len(num_cells)], num_cells)
-    rates = np.tile(rng.uniform(0.2, 3, size=60), (len(labels), 1))
-    for i, name in enumerate(NAMES):
-        rates[np.ix_(labels == name, np.arange(5 * i, 5 * i + 5))] *= 6
-    rates *= rng.uniform(0.5, 2, size=(len(labels), 1))
-    return sp.csr_matrix(rng.poisson(rates).astype(np.float32)), labels
+from finetune.verdict import verdict
+from tests.support.simulated import NAMES, simulated_cells
 
 
 def scores_of(num_right: int, num_wrong: int, macro_from: str = "b") -> ClassificationScores:
@@ -32,8 +27,10 @@ def test_logistic_regression_learns_simulated_types_and_repeats_itself() -> None
     counts, labels = simulated_cells((60, 50, 40, 3))
     train, test = stratified_split(labels, 0.3, seed=0)
     sides = (counts[train], labels[train], counts[test], labels[test])
-    first, regression = run_baselines(*sides, NAMES.tolist(), seed=1)
-    assert (first.name, regression.name) == ("majority", "logistic regression")
+    first, nearest, regression = run_baselines(*sides, NAMES.tolist(), seed=1)
+    assert (first.name, nearest.name) == ("majority", "nearest mean")
+    assert regression.name == "logistic regression"
+    assert nearest.scores.accuracy > 0.9
     assert regression.scores.accuracy > 0.9
     assert regression.scores.accuracy > first.scores.accuracy + 0.4
     assert regression.seconds > 0
@@ -60,7 +57,7 @@ def test_small_classes_are_trained_on(num_cells: tuple[int, ...]) -> None:
 
 def test_folds_keep_every_class_in_every_training_side() -> None:
     labels = np.repeat(NAMES, (10, 4, 2, 1))
-    folds = baselines._folds(labels, 3, seed=0)
+    folds = stratified_folds(labels, 3, seed=0)
     for fold in range(3):
         assert set(labels[folds != fold]) == set(NAMES)
     assert folds[-1] == -1
@@ -86,16 +83,28 @@ def test_variable_genes_are_the_ones_that_differ_between_types() -> None:
     own = rng.choice(400, size=8, replace=False)
     rates[np.ix_(np.arange(50), own)] *= 5
     counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
-    genes = baselines._variable_genes(baselines._counts_per_10k(counts), 40)
+    genes = variable_genes(counts_per_10k(counts), 40)
     assert len(genes) == 40
     assert np.isin(own, genes).all()
 
 
 def test_counts_per_10k_by_hand() -> None:
     counts = sp.csr_matrix(np.array([[1, 3, 0], [0, 0, 0]], dtype=np.uint16))
-    rates = baselines._counts_per_10k(counts)
+    rates = counts_per_10k(counts)
     np.testing.assert_array_equal(rates.toarray(), [[2500, 7500, 0], [0, 0, 0]])
     assert counts.dtype == np.uint16
+
+
+def test_marker_scoring_by_hand() -> None:
+    counts = sp.csr_matrix(np.array([[9, 1, 5], [8, 2, 5], [1, 9, 5], [0, 0, 0]], np.float32))
+    labels = np.array(["a", "a", "b", "b"])
+    table = {"a": ("GA", "elsewhere"), "b": ("GB",), "not asked for": ("GC",)}
+    result = marker_scoring(counts, ["GA", "GB", "GC"], labels, ["a", "b", "c"], table)
+    assert result.scores.confusion[0, 0] == 2
+    assert result.scores.confusion[1, 1] >= 1
+    assert result.setting == "markers of 2 of 3 types"
+    with pytest.raises(ValueError, match="no marker of these cell types"):
+        marker_scoring(counts, ["GA", "GB", "GC"], labels, ["c"], table)
 
 
 def test_majority_by_hand() -> None:

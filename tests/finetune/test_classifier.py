@@ -30,7 +30,7 @@ def model(
     head = HeadConfig(hidden=12, bottleneck=6, normalize=request.param)
     model = CellClassifier(read_export(folder).encoder(), TYPES, head)
     counts = sparse.csr_matrix(labelled_cells(40, seed=1).X)
-    (tokens,) = token_batches(counts, 40, model.encoder.binning)
+    (tokens,) = token_batches(counts, 40, model.encoder)
     model.train()
     model(tokens)  # gives the normalization something to remember
     return model.eval()

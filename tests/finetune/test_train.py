@@ -10,12 +10,13 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from finetune.annotate import annotate
-from finetune.config import AnnotateConfig, FinetuneConfig, HeadConfig, LabelledConfig
-from finetune.train import FinetuneResult, finetune, read_history
-from pretrain.config import TrackingConfig
+from finetune.cells import panel_counts
+from finetune.classifier import load_classifier, predict
+from finetune.config import FinetuneConfig, FreshConfig, HeadConfig, LabelledConfig
+from finetune.train import FinetuneResult, finetune, fit, read_history
+from pretrain.config import EncoderConfig, TrackingConfig
 from pretrain.export import read_export
-from tests.support.labelled import GENES, TYPES, write_encoder, write_labelled
+from tests.support.labelled import write_encoder, write_labelled
 
 CPU = torch.device("cpu")
 
@@ -115,56 +116,36 @@ def test_cached_states_train_the_same_head(
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-def test_annotation_adds_columns_and_changes_nothing_else(
-    result: FinetuneResult, folder: Path
-) -> None:
-    before = anndata.read_h5ad(folder / "test.h5ad")
-    query = before.copy()
-    del query.obs["cell_type"]
-    query.layers["kept"] = query.X.copy()
-    query.write_h5ad(folder / "query.h5ad")
-    raw = (folder / "query.h5ad").read_bytes()
-    done = annotate(
-        AnnotateConfig(
-            model=str(result.export),
-            input=str(folder / "query.h5ad"),
-            output=str(folder / "out" / "labelled.h5ad"),
-        ),
-        CPU,
+def test_cells_in_memory_and_a_fresh_encoder(folder: Path) -> None:
+    done = fit(
+        anndata.read_h5ad(folder / "train.h5ad"),
+        folder / "fresh",
+        test=anndata.read_h5ad(folder / "test.h5ad"),
+        device="cpu",
+        head=HeadConfig(kind="pooled", bottleneck=8),
+        fresh=FreshConfig(encoder=EncoderConfig(dim=16, depth=1, heads=2, dim_head=8)),
+        epochs=2,
+        train="all",
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="test"),
     )
-    assert (folder / "query.h5ad").read_bytes() == raw
-    after = anndata.read_h5ad(folder / "out" / "labelled.h5ad")
-    assert list(after.obs_names) == list(before.obs_names)
-    assert list(after.var_names) == list(GENES)
-    assert (after.X != before.X).nnz == 0
-    assert (after.layers["kept"] != before.X).nnz == 0
-    accuracy = float((after.obs["scbert_label"].astype(str) == before.obs["cell_type"]).mean())
-    assert accuracy == pytest.approx(result.scores.accuracy)
-    probabilities = after.obsm["scbert_prob"]
-    assert probabilities.shape == (45, len(TYPES))
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(after.obs["scbert_confidence"], probabilities.max(axis=1))
-    assert (after.obs["scbert_novel"] == (after.obs["scbert_confidence"] < 0.5)).all()
-    assert after.obsm["X_scbert"].shape == (45, 8)
-    assert after.uns["scbert"]["novelty_threshold"] == 0.5
-    lines = done.table.read_text().splitlines()
-    assert lines[0] == "cell,scbert_label,scbert_confidence,scbert_novel"
-    assert len(lines) == 46
-    assert not list((folder / "out").glob("*.part"))
+    assert done.scores.accuracy > 0.9
+    export = read_export(done.export, "classifier")
+    assert export.metadata["provenance"]["pretrained"] == "none"
+    assert export.metadata["evaluation"]["num_cells"] == 45
+    model, _ = load_classifier(done.export)
+    counts = panel_counts(anndata.read_h5ad(folder / "test.h5ad"), export.panel, "test", None, 0.3)
+    again = predict(model, counts, 7)
+    np.testing.assert_allclose(again.probabilities, done.predictions.probabilities, atol=2e-6)
+    assert again.novelty is not None
+    assert done.predictions.novelty is not None
+    np.testing.assert_allclose(again.novelty, done.predictions.novelty, rtol=1e-4)
+    kept = np.load(folder / "fresh" / "heldout.npz")
+    assert (kept["labels"][kept["probabilities"].argmax(1)] == np.array(again.best)).all()
+    assert not (folder / "fresh" / "progress").exists()
 
 
-def test_genes_in_another_order_give_the_same_labels(result: FinetuneResult, folder: Path) -> None:
-    cells = anndata.read_h5ad(folder / "test.h5ad")
-    cells[:, cells.var_names[::-1]].copy().write_h5ad(folder / "reversed.h5ad")
-    labels = []
-    for name in ("test", "reversed"):
-        done = annotate(
-            AnnotateConfig(
-                model=str(result.export),
-                input=str(folder / f"{name}.h5ad"),
-                output=str(folder / "out" / f"{name}.h5ad"),
-            ),
-            CPU,
-        )
-        labels.append(list(done.adata.obs["scbert_label"]))
-    assert labels[0] == labels[1]
+def test_the_same_seed_gives_the_same_result(
+    config: FinetuneConfig, result: FinetuneResult, folder: Path
+) -> None:
+    again = finetune(replace(config, output=str(folder / "again")), CPU)
+    np.testing.assert_array_equal(again.predictions.probabilities, result.predictions.probabilities)

@@ -1,5 +1,6 @@
 """What a user may get wrong: one sentence with the remedy, exit code 2, nothing half-written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def _refused(code: int, capsys: pytest.CaptureFixture[str], message: str) -> Non
     assert "Traceback" not in printed.err
 
 
+def _spoiled_exports(good: Path, folder: Path) -> None:
+    """Copies of an export, each with one fault."""
+    for name, file, spoil in (
+        ("torn", "model.safetensors", lambda text: text[: len(text) // 2]),
+        ("panel", "genes.txt", lambda text: text.replace(b"GENE1\n", b"GENE1x\n")),
+        ("newer", "config.json", lambda text: text.replace(b"scbert-export/1", b"scbert-export/9")),
+        ("config", "config.json", lambda text: text[:-20]),
+    ):
+        shutil.copytree(good, folder / name)
+        path = folder / name / file
+        path.write_bytes(spoil(path.read_bytes()))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good panel, encoder and classifier."""
@@ -137,6 +151,19 @@ def test_annotate_refuses(
         pytest.param({"--output": "{good}/good.h5ad/o.h5ad"}, "good.h5ad", id="no such folder"),
         pytest.param({"--layer": "counts"}, "no layer 'counts'", id="no such layer"),
         pytest.param({"--batch_size": "0"}, "batch_size is 0", id="no batch"),
+        pytest.param({"--batch_size": "big"}, "--batch_size is 'big'; give a whole", id="batch"),
+        pytest.param({"--novelty_threshold": "1.5"}, "novelty_threshold is 1.5", id="threshold"),
+        pytest.param({"--min_share_found": "7"}, "min_share_found is 7", id="share"),
+        pytest.param({"--key_added": "a/b"}, "key_added is 'a/b'", id="key"),
+        pytest.param({"--reasons_cells": "0"}, "reasons_cells is 0", id="cells for reasons"),
+        pytest.param({"--majority_over": "leiden"}, "no obs['leiden']", id="no such clustering"),
+        pytest.param({"--markers": "{tmp}/m.tsv"}, "no such table of markers", id="no markers"),
+        pytest.param({"--panel.hgnc": "{tmp}/t.tsv"}, "panel.hgnc: no such file", id="no table"),
+        pytest.param({"--part": "1"}, "part is 1 but", id="a part of a file"),
+        pytest.param({"--model": "{tmp}/torn"}, "model.safetensors is damaged", id="torn weights"),
+        pytest.param({"--model": "{tmp}/panel"}, "genes.txt is not the panel", id="other panel"),
+        pytest.param({"--model": "{tmp}/newer"}, "this program reads", id="other version"),
+        pytest.param({"--model": "{tmp}/config"}, "config.json cannot be read", id="torn config"),
         pytest.param(
             {"--model": "models:/nobody@champion"}, "there is no registry", id="no registry"
         ),
@@ -149,6 +176,7 @@ def test_annotate_refuses_settings(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    _spoiled_exports(folder / "classifier", tmp_path)
     settings = {
         "--model": f"{folder}/classifier",
         "--input": f"{folder}/good.h5ad",

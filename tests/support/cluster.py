@@ -103,6 +103,16 @@ class Cluster:
         """Pull the plug of a host's network."""
         _ip("-n", host.namespace, "link", "set", "eth0", "down")
 
+    def restore_network(self, host: Host) -> None:
+        """Plug a host's network in again."""
+        _ip("-n", host.namespace, "link", "set", "eth0", "up")
+
+    def mount(self, host: Host, folder: Path, size: str) -> None:
+        """Give a host a small disk of its own at a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        subprocess.run([*self._enter(host), *command], check=True)
+
     def lose_power(self, host: Host) -> None:
         """Let a host vanish without a word: no packet leaves it, all its processes are gone."""
         self.cut_network(host)

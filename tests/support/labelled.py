@@ -5,13 +5,16 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from datastore.config import BinningConfig
 from datastore.genes import GenePanel
+from finetune.classifier import CellClassifier, save_classifier, token_batches
+from finetune.config import HeadConfig
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
-from pretrain.export import write_export
+from pretrain.export import read_export, write_export
 
 NUM_GENES = 32
 GENES = tuple(f"GENE{place}" for place in range(NUM_GENES))
@@ -48,4 +51,22 @@ def write_encoder(folder: Path, genes: tuple[str, ...] = GENES) -> Path:
     encoder = build_encoder(config, BinningConfig(), len(genes), seed=0)
     weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     write_export(folder, "encoder", encoder, GenePanel(genes), weights, {"provenance": {}})
+    return folder
+
+
+def write_classifier(folder: Path, genes: tuple[str, ...] = GENES, threshold: float = 0.5) -> Path:
+    """Write the export of a classifier with random weights, whose opinions are strong."""
+    encoder = read_export(write_encoder(folder.with_name(folder.name + "_encoder"), genes))
+    torch.manual_seed(3)
+    model = CellClassifier(encoder.encoder(), TYPES, HeadConfig(hidden=12, bottleneck=6))
+    cells = labelled_cells(60, seed=9)
+    counts = sparse.csr_matrix(cells.X, shape=(60, len(genes)))
+    (tokens,) = token_batches(counts, 60, model.encoder)
+    model.train()
+    with torch.no_grad():
+        model(tokens)  # gives the normalization something to remember
+        for layer in (model.head.hidden, model.head.bottleneck, model.head.classes):
+            layer.weight *= 4
+    metadata = {"novelty": {"score": "max_probability", "threshold": threshold}}
+    save_classifier(folder, model.eval(), GenePanel(genes), metadata)
     return folder

@@ -1,4 +1,4 @@
-"""Figures and tables of a fine-tuning report.
+"""Figures and tables of a fine-tuning report, written to files.
 
 Builders return a Matplotlib ``Figure`` and leave the file to ``path``: ``.png`` at 150 dpi or
 ``.svg``. They use the object-oriented interface, so no figure is kept alive behind the caller's
@@ -8,6 +8,7 @@ back.
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -73,7 +74,7 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: str | Path) -> Figur
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -87,10 +88,22 @@ def plot_confusion(scores: ClassificationScores, path: str | Path) -> Figure:
     Returns:
         The figure.
     """
+    figure = Figure(figsize=confusion_size(scores), layout="constrained")
+    draw_confusion(figure.subplots(), scores)
+    save_figure(figure, path)
+    return figure
+
+
+def confusion_size(scores: ClassificationScores) -> tuple[float, float]:
+    """Width and height in inches that leave room for the names of types."""
+    names = 0.075 * max(len(name) for name in scores.classes)
+    side = 1.7 + names + 0.5 * max(len(scores.classes), 4)
+    return side + 1.2, side
+
+
+def draw_confusion(axes: Axes, scores: ClassificationScores) -> None:
+    """Draw the confusion matrix into axes, as `plot_confusion`."""
     num_classes = len(scores.classes)
-    side = 2.5 + 0.5 * max(num_classes, 4)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
     support = scores.support[:, None]
     shares = np.divide(
         scores.confusion, support, out=np.zeros(scores.confusion.shape), where=support > 0
@@ -113,9 +126,9 @@ def plot_confusion(scores: ClassificationScores, path: str | Path) -> Figure:
         f"Accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f}, "
         f"{scores.num_cells:,} cells"
     )
-    figure.colorbar(image, ax=axes, shrink=0.7, label="Share of the true type's cells")
-    _save(figure, path)
-    return figure
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.colorbar(image, ax=axes, shrink=0.7, label="Share of the true type's cells")
 
 
 def umap_embedding(x: np.ndarray, seed: int) -> np.ndarray:
@@ -179,6 +192,21 @@ def plot_umap(
     Raises:
         ValueError: If points, labels and novel differ in length.
     """
+    names = np.asarray(labels, dtype=str)
+    num_entries = len(set(names)) + 1
+    num_columns = max(1, -(-num_entries // LEGEND_ROWS))
+    figure = Figure(figsize=(5.6 + 2.9 * num_columns, 6), layout="constrained")
+    axes = figure.subplots()
+    draw_umap(axes, points, labels, novel)
+    axes.set_title(title)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_umap(
+    axes: Axes, points: np.ndarray, labels: Sequence[str], novel: np.ndarray | None = None
+) -> None:
+    """Draw cells into axes, with the legend beside them, as `plot_umap`."""
     is_novel = np.zeros(len(points), dtype=bool) if novel is None else np.asarray(novel, dtype=bool)
     if not len(points) == len(labels) == len(is_novel):
         raise ValueError(
@@ -187,47 +215,35 @@ def plot_umap(
             "give the same cells to all"
         )
     names = np.asarray(labels, dtype=str)
-    num_entries = len(set(names[~is_novel])) + int(is_novel.any())
-    num_columns = max(1, -(-num_entries // LEGEND_ROWS))
-    figure = Figure(figsize=(5.6 + 2.9 * num_columns, 6), layout="constrained")
-    axes = figure.subplots()
     size = float(np.clip(30_000 / max(len(points), 1), 4, 30))
     types, num_cells = np.unique(names[~is_novel], return_counts=True)
     for i, name in enumerate(types[np.argsort(-num_cells, kind="stable")]):
         cells = points[(names == name) & ~is_novel]
         colour, marker = _type_style(i)
         label = f"{name} ({len(cells):,})"
-        axes.scatter(
-            cells[:, 0],
-            cells[:, 1],
-            s=size,
-            c=colour,
-            marker=marker,
-            linewidths=0,
-            alpha=0.85,
-            label=label,
-        )
+        style: dict[str, Any] = {
+            "s": size,
+            "c": colour,
+            "marker": marker,
+            "linewidths": 0,
+            "alpha": 0.85,
+        }
+        axes.scatter(cells[:, 0], cells[:, 1], label=label, **style)
     if is_novel.any():
         label = f"Novel ({is_novel.sum():,})"
-        axes.scatter(
-            points[is_novel, 0],
-            points[is_novel, 1],
-            s=size * 2,
-            c="0.45",
-            marker="x",
-            linewidths=0.8,
-            label=label,
-        )
-    axes.set(title=title, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+        style = {"s": size * 2, "c": "0.45", "marker": "x", "linewidths": 0.8}
+        axes.scatter(points[is_novel, 0], points[is_novel, 1], label=label, **style)
+    axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
     _strip(axes)
+    num_columns = max(1, -(-(len(types) + int(is_novel.any())) // LEGEND_ROWS))
+    figure = axes.get_figure()
+    assert figure is not None
     legend = figure.legend(
         loc="outside right center", ncols=num_columns, frameon=False, title="Cell type (cells)"
     )
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set(sizes=[40], alpha=1)
-    _save(figure, path)
-    return figure
 
 
 def plot_scores(
@@ -266,7 +282,7 @@ def plot_scores(
     panels[0].set_xlabel("Share of cells, 0 to 1")
     panels[1].set_xlabel("Mean F1 over true types, 0 to 1")
     panels[0].invert_yaxis()
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -321,7 +337,7 @@ def _strip(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure in the format of the path; whole or not at all, same figure, same bytes."""
     target = Path(path)
     if target.suffix.lower() not in (".png", ".svg"):

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from finetune.metrics import ClassificationScores, score
-from finetune.report import (
+from finetune.figures import (
     plot_confusion,
     plot_loss,
     plot_scores,
@@ -19,6 +18,7 @@ from finetune.report import (
     score_table,
     umap_embedding,
 )
+from finetune.metrics import ClassificationScores, score
 
 HISTORY = [
     {"step": 1, "loss": 2.0, "masked_accuracy": 0.3, "commonest_bin_accuracy": 0.5},

@@ -1,0 +1,163 @@
+"""Linear experts on expression; `finetune.expert_pool` tunes and joins them.
+
+Each expert turns a cell's expression into a logit per type by one matrix:
+
+- `regression`: multinomial logistic regression with L2 penalty, classes weighted by 1 / cells;
+- `damped regression`: the same with a penalty that grows with a gene's expression: another
+  technology multiplies each gene by some factor, which moves highly expressed genes most;
+- `discriminant`: linear discriminant analysis of the square root, its covariance shrunk towards a
+  multiple of the identity;
+- `correlation`: correlation with the mean of each type.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+Array = NDArray[np.float32]
+
+PENALTIES: Final = (0.001, 0.003, 0.01, 0.1, 1.0)
+"""Values of scikit-learn's ``C`` to try, from the strongest regularisation to the weakest."""
+MAX_ITERATIONS: Final = 1_000
+"""Limit for the solver; the data we know need less than 200."""
+SHRINKAGES: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
+"""Shares of the identity in a covariance to try."""
+CORRELATION_SCALE: Final = 40.0
+"""Factor that makes a logit of a correlation; its temperature is tuned anyway."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Logits of expression: `x @ weight.T + bias`.
+
+    Attributes:
+        weight: (C, K).
+        bias: (C,).
+    """
+
+    weight: Array
+    bias: Array
+
+    def __call__(self, x: Array) -> Array:
+        """Return logits, (N, C)."""
+        return np.asarray(x @ self.weight.T + self.bias, np.float32)
+
+    def times(self, factor: float) -> "LinearMap":
+        """The map whose logits are multiplied."""
+        return LinearMap(self.weight * np.float32(factor), self.bias * np.float32(factor))
+
+
+FitFunction = Callable[[Array, NDArray[np.int64], Sequence[float]], list[LinearMap]]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """How one expert is fitted.
+
+    Attributes:
+        scale: Scale of expression that it sees (`finetune.expression.SCALES`).
+        settings: Values to tune over, most regularised first.
+        fit: Cells (N, K), type codes (N,) and settings to one map for each setting.
+    """
+
+    scale: str
+    settings: tuple[float, ...]
+    fit: FitFunction
+
+
+def fit_regression(
+    x: Array, codes: NDArray[np.int64], penalties: Sequence[float]
+) -> list[LinearMap]:
+    """Fit logistic regressions; each starts from the former one's weights."""
+    model = LogisticRegression(class_weight="balanced", max_iter=MAX_ITERATIONS, warm_start=True)
+    maps = []
+    for penalty in penalties:
+        model.set_params(C=penalty)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, codes)
+        weight, bias = model.coef_, model.intercept_
+        if len(weight) == 1:  # of two classes scikit-learn keeps the difference only
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        maps.append(LinearMap(weight.astype(np.float32), bias.astype(np.float32)))
+    return maps
+
+
+def fit_damped_regression(
+    x: Array, codes: NDArray[np.int64], penalties: Sequence[float]
+) -> list[LinearMap]:
+    """Fit logistic regressions whose penalty grows with a gene's expression.
+
+    If a gene is multiplied by a random factor, log(1 + r) moves by its logarithm times
+    r / (1 + r). A weight is penalised by 1 + the square of the mean of that, by shrinking the gene.
+    """
+    moves = (1 - np.exp(-x)).mean(axis=0)
+    shrink = (1 / np.sqrt(1 + moves**2)).astype(np.float32)
+    maps = fit_regression(x * shrink, codes, penalties)
+    return [LinearMap(found.weight * shrink, found.bias) for found in maps]
+
+
+def fit_discriminant(
+    x: Array, codes: NDArray[np.int64], shrinkages: Sequence[float]
+) -> list[LinearMap]:
+    """Fit linear discriminants with equal priors; one decomposition serves all shrinkages.
+
+    The covariance within types is (1 - s) S + s tr(S) / K: its eigenvectors are those of S. With
+    fewer cells than genes they come from the smaller matrix of products between cells.
+    """
+    num_cells, num_genes = x.shape
+    means = class_means(x, codes)
+    residuals = (x - means[codes]).astype(np.float64)
+    degrees = max(1, num_cells - len(means))
+    if num_cells < num_genes:
+        values, vectors = eigh(residuals @ residuals.T)
+        kept = values > values[-1] * 1e-10
+        values, vectors = values[kept], residuals.T @ vectors[:, kept] / np.sqrt(values[kept])
+    else:
+        values, vectors = eigh(residuals.T @ residuals)
+    spread = np.maximum(values, 0) / degrees
+    level = max(spread.sum() / num_genes, 1e-8)
+    centre = means.mean(axis=0)
+    shifts = means - centre  # (C, K)
+    turned = shifts @ vectors
+    maps = []
+    for shrinkage in shrinkages:
+        base = 1 / (shrinkage * level)
+        inner = 1 / ((1 - shrinkage) * spread + shrinkage * level)
+        weight = (turned * (inner - base)) @ vectors.T + shifts * base
+        bias = -0.5 * (weight * shifts).sum(axis=1) - weight @ centre
+        maps.append(LinearMap(weight.astype(np.float32), bias.astype(np.float32)))
+    return maps
+
+
+def fit_correlation(
+    x: Array, codes: NDArray[np.int64], factors: Sequence[float]
+) -> list[LinearMap]:
+    """Correlate with the means of the types; `x` is standardised within each cell."""
+    means = class_means(x, codes)
+    norms = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
+    means = means / norms / np.sqrt(x.shape[1])  # a cell's norm is the root of K
+    bias = np.zeros(len(means), np.float32)
+    return [LinearMap(means.astype(np.float32), bias).times(factor) for factor in factors]
+
+
+EXPERTS: Final[Mapping[str, Expert]] = {
+    "regression": Expert("log", PENALTIES, fit_regression),
+    "damped regression": Expert("log", (0.003, 0.01, 0.03), fit_damped_regression),
+    "discriminant": Expert("sqrt", SHRINKAGES, fit_discriminant),
+    "correlation": Expert("standardised", (CORRELATION_SCALE,), fit_correlation),
+}
+FEW_CELL_EXPERTS: Final = ("discriminant", "correlation")
+"""Experts that class means tell most of: good with few cells, and worse across data sets."""
+
+
+def class_means(x: Array, codes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean of each class, (C, K)."""
+    return np.stack([x[codes == code].mean(axis=0, dtype=np.float64) for code in np.unique(codes)])

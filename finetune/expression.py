@@ -1,0 +1,82 @@
+"""Expression as simple methods see it: counts per 10,000, variable genes, and three scales.
+
+The scales are torch functions, so that fitting (once, on the CPU) and predicting (in batches, on
+any device) share one implementation.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+NUM_MEAN_GROUPS: Final = 20
+"""Groups of genes of similar mean, within which dispersions are compared."""
+
+MIN_CELLS_PER_GENE: Final = 3
+"""A gene expressed in fewer training cells is never called variable."""
+
+
+def counts_per_10k(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """Scale each cell to 10,000 counts, float32; a cell without counts stays empty."""
+    rates = counts.astype(np.float32)
+    totals = np.asarray(rates.sum(axis=1), dtype=np.float64).ravel()
+    factors = np.divide(10_000, totals, out=np.zeros_like(totals), where=totals > 0)
+    rates.data *= np.repeat(factors, np.diff(counts.indptr)).astype(np.float32)
+    return rates
+
+
+def variable_genes(rates: sp.csr_matrix, num_genes: int) -> NDArray[np.int64]:
+    """Return the most variable genes' columns, sorted.
+
+    Variable is what has a high dispersion for its mean: log(variance / mean) is standardised within
+    groups of genes of similar mean.
+
+    Args:
+        rates: Counts per 10,000 of the training cells, (N, G).
+        num_genes: How many to return at most.
+    """
+    num_cells = rates.shape[0]
+    num_expressing = np.bincount(rates.indices, minlength=rates.shape[1])
+    mean = np.asarray(rates.sum(axis=0), dtype=np.float64).ravel() / num_cells
+    mean_square = np.asarray(rates.power(2).sum(axis=0), dtype=np.float64).ravel() / num_cells
+    variance = np.maximum(mean_square - mean**2, 0)
+    candidates = np.flatnonzero((num_expressing >= MIN_CELLS_PER_GENE) & (variance > 0))
+    if len(candidates) <= num_genes:
+        return candidates if len(candidates) else np.arange(rates.shape[1])
+    dispersion = np.log(variance[candidates] / mean[candidates])
+    standardised = np.empty(len(candidates))
+    by_mean = np.argsort(mean[candidates], kind="stable")
+    for group in np.array_split(by_mean, NUM_MEAN_GROUPS):
+        spread = dispersion[group].std() or 1.0
+        standardised[group] = (dispersion[group] - dispersion[group].mean()) / spread
+    return np.sort(candidates[np.argsort(-standardised, kind="stable")[:num_genes]])
+
+
+def standardised_log(rates: Tensor) -> Tensor:
+    """Scale log(1 + x) to mean 0 and variance 1 within each cell, (B, K).
+
+    What multiplies all of a cell's expression, as its depth does, goes.
+    """
+    x = torch.log1p(rates)
+    x = x - x.mean(dim=1, keepdim=True)
+    unit: Tensor = nn.functional.normalize(x, dim=1, eps=1e-6)
+    return unit * math.sqrt(x.shape[1])
+
+
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log": torch.log1p,
+    "sqrt": lambda rates: rates.sqrt() / 4,  # a spread like that of the logarithm
+    "standardised": standardised_log,
+}
+"""Scales of counts per 10,000 by name: (B, K) → (B, K)."""
+
+
+def scaled(rates: sp.csr_matrix, genes: NDArray[np.int64], scale: str) -> NDArray[np.float32]:
+    """Return some genes' expression on a scale, float32 of shape (N, K)."""
+    dense = torch.from_numpy(np.ascontiguousarray(rates[:, genes].toarray(), np.float32))
+    return np.asarray(SCALES[scale](dense).numpy())

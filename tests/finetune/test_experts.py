@@ -1,0 +1,191 @@
+"""Experts beside scikit-learn's own, out-of-fold logits, and the pool's weights."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+
+from finetune.baselines import logistic_regression
+from finetune.expert_pool import class_weights, fit_pool, pool_weights, temperature
+from finetune.experts import (
+    EXPERTS,
+    fit_correlation,
+    fit_damped_regression,
+    fit_discriminant,
+    fit_regression,
+)
+from finetune.expression import counts_per_10k, scaled
+from tests.support.simulated import simulated_cells
+
+
+@pytest.fixture(scope="module")
+def cells() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1, 2], (30, 20, 10))
+    x = rng.normal(size=(60, 40)) + 0.8 * np.eye(3, 40)[codes] * 2
+    return x.astype(np.float32), codes
+
+
+@pytest.mark.parametrize("num_genes", [pytest.param(40, id="cells > genes"), 90])
+@pytest.mark.parametrize("shrinkage", [0.1, 0.7])
+def test_discriminant_is_scikit_learns(num_genes: int, shrinkage: float) -> None:
+    rng = np.random.default_rng(1)
+    codes = np.repeat([0, 1, 2], 20)
+    x = (rng.normal(size=(60, num_genes)) + np.eye(3, num_genes)[codes]).astype(np.float32)
+    (ours,) = fit_discriminant(x, codes, [shrinkage])
+    means = np.stack([x[codes == code].mean(axis=0) for code in range(3)])
+    apart = (x - means[codes]).astype(np.float64)
+    within = apart.T @ apart / 57
+    shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / num_genes * np.eye(num_genes)
+    inverse = np.linalg.inv(shrunk)
+    place = x[:, None] - means  # (N, C, K)
+    distance = np.einsum("nck,kl,ncl->nc", place, inverse, place)
+    expected = -0.5 * distance
+    found = ours(x)
+    np.testing.assert_allclose(
+        found - found.mean(axis=1, keepdims=True),
+        expected - expected.mean(axis=1, keepdims=True),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    if num_genes == 40:  # scikit-learn divides by N, not by N - C: another shrinkage by 5 %
+        theirs = LinearDiscriminantAnalysis(
+            solver="lsqr", shrinkage=shrinkage, priors=np.ones(3) / 3
+        ).fit(x, codes)
+        assert (theirs.predict(x) == found.argmax(axis=1)).mean() > 0.95
+
+
+def test_regression_is_scikit_learns_for_two_and_more_classes(
+    cells: tuple[np.ndarray, np.ndarray],
+) -> None:
+    x, codes = cells
+    for part in (codes < 2, codes < 3):
+        (ours,) = fit_regression(x[part], codes[part], [0.1])
+        theirs = LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)
+        expected = theirs.fit(x[part], codes[part]).predict_proba(x[part])
+        odds = np.exp(ours(x[part]))
+        np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-4)
+
+
+def test_damped_regression_is_regression_with_a_penalty_for_each_gene(
+    cells: tuple[np.ndarray, np.ndarray],
+) -> None:
+    x, codes = np.abs(cells[0]), cells[1]
+    (ours,) = fit_damped_regression(x, codes, [0.1])
+    moves = (1 - np.exp(-x)).mean(axis=0)
+    penalty = 1 + moves**2
+    weights = class_weights(codes, 3)[codes]
+
+    def objective(flat: np.ndarray) -> float:
+        weight, bias = flat[:-3].reshape(3, -1), flat[-3:]
+        logits = x @ weight.T + bias
+        likely = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        nats = -(weights * likely[np.arange(len(codes)), codes]).sum()
+        return float(0.1 * nats + 0.5 * (penalty * weight**2).sum())
+
+    at_ours = objective(np.concatenate([ours.weight.ravel(), ours.bias]))
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # no neighbour is better
+        step = rng.normal(scale=3e-3, size=ours.weight.size + 3)
+        assert objective(np.concatenate([ours.weight.ravel(), ours.bias]) + step) > at_ours
+
+
+def test_only_regressions_are_pooled_of_many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((30, 30))
+    monkeypatch.setattr("finetune.expert_pool.MANY_CELLS", 60)
+    assert set(fit_pool(counts, labels, seed=0).weights) == {"regression", "damped regression"}
+
+
+def test_correlation_is_numpys(cells: tuple[np.ndarray, np.ndarray]) -> None:
+    x, codes = cells
+    centred = x - x.mean(axis=1, keepdims=True)
+    scale = centred / centred.std(axis=1, keepdims=True)
+    (ours,) = fit_correlation(scale, codes, [1.0])
+    means = np.stack([scale[codes == code].mean(axis=0) for code in range(3)])
+    expected = np.corrcoef(scale, means)[:60, 60:]
+    np.testing.assert_allclose(ours(scale), expected, atol=1e-5)
+
+
+def test_pool_predicts_and_keeps_cells_apart_from_their_own_logits() -> None:
+    counts, labels = simulated_cells((40, 30, 20, 1))
+    pool = fit_pool(counts, labels, seed=0)
+    assert pool.classes == ("a", "b", "c", "rare")
+    assert set(pool.weights) == set(EXPERTS)
+    assert min(pool.weights.values()) >= 0
+    assert (pool.folds[labels == "rare"] == -1).all()
+    named = np.array(pool.classes)
+    assert (named[pool.predict(counts).argmax(axis=1)] == labels).mean() > 0.95
+    # Change one cell's counts: its own out-of-fold logits move, those of its fold-mates do not.
+    changed = counts.toarray()
+    changed[0] = changed[0][::-1]
+    other = fit_pool(sp.csr_matrix(changed), labels, seed=0, experts=["correlation"])
+    first = fit_pool(counts, labels, seed=0, experts=["correlation"])
+    mates = (first.folds == first.folds[0]) & (np.arange(len(labels)) > 0)
+    ratio = other.logits[mates] / first.logits[mates]  # but for the temperature, one number
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-3)
+
+
+def test_pool_is_the_weighted_mean_of_its_experts() -> None:
+    counts, labels = simulated_cells((30, 30))
+    pool = fit_pool(counts, labels, seed=0)
+    rates = counts_per_10k(counts)
+    expected = sum(
+        pool.weights[name] * found.map(scaled(rates, pool.genes, EXPERTS[name].scale))
+        for name, found in pool.tuned.items()
+    )
+    np.testing.assert_allclose(pool.predict(counts), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_regression_expert_is_the_baseline() -> None:
+    counts, labels = simulated_cells((40, 30, 20))
+    rows = np.arange(90) % 3 > 0
+    sides = (counts[rows], labels[rows], counts[~rows], labels[~rows])
+    baseline = logistic_regression(*sides, ["a", "b", "c"], seed=0)
+    pool = fit_pool(counts[rows], labels[rows], seed=0)
+    assert f"C = {pool.tuned['regression'].value:g}" in baseline.setting
+
+
+def test_weights_prefer_the_better_expert_with_many_cells_and_stay_equal_with_few() -> None:
+    rng = np.random.default_rng(0)
+
+    def weights(num_cells: int) -> dict[str, float]:
+        codes = rng.integers(0, 3, num_cells)
+        good = (2 * np.eye(3)[codes] + rng.normal(size=(num_cells, 3))).astype(np.float32)
+        noise = rng.normal(size=(num_cells, 3)).astype(np.float32)
+        logits = {"discriminant": good, "correlation": noise}
+        return pool_weights(logits, codes, np.ones(num_cells, bool))
+
+    assert weights(5_000)["correlation"] < 0.1
+    assert abs(weights(6)["correlation"] - 0.5) < 0.1
+
+
+def test_regression_alone_is_taken_when_the_pool_is_significantly_worse() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2, 400)
+    right = (1.2 * np.eye(2)[codes]).astype(np.float32)
+    wrong = right.copy()
+    wrong[:200] = 30 * (0.5 - np.eye(2)[codes[:200]])  # sure, and wrong
+    few = {"regression": right, "correlation": wrong}
+    import finetune.expert_pool as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "POOL_PRIOR", 1e9)  # weights stay equal
+        assert pool_weights(few, codes, np.ones(400, bool)) == {"regression": 1, "correlation": 0}
+
+
+def test_class_weights_and_temperature_by_hand() -> None:
+    np.testing.assert_allclose(class_weights(np.array([0, 0, 0, 2]), 3), [2 / 3, 0, 2])
+    codes = np.array([0] * 8 + [1] * 2)
+    logits = np.tile([[10.0, 0.0]], (10, 1)).astype(np.float32)
+    # right in 8 of 10, smoothed by a twelfth: the best probability is 0.8 * 11/12 + 0.5 / 12
+    best = 0.8 * 11 / 12 + 0.5 / 12
+    assert temperature(logits, codes) == pytest.approx(10 / np.log(best / (1 - best)), rel=0.06)
+
+
+def test_refusals() -> None:
+    counts, labels = simulated_cells((5, 5))
+    with pytest.raises(ValueError, match="no expert 'oracle'; there are regression"):
+        fit_pool(counts, labels, 0, ["oracle"])
+    with pytest.raises(ValueError, match="fewer than two cell types"):
+        fit_pool(counts, np.array(["a"] * 10), 0)
