@@ -9,7 +9,7 @@
 // head, in one order: the result does not depend on the number of threads.
 //
 // There is one kind of matrix product, `multiply`: C (32 x N, float) = A (32 x K, bf16, rows) times
-// B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what both the
+// B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what the
 // tile instruction TDPBF16PS takes. Two builds share all else:
 //   FAVOR_AMX  16 x 16 tiles (and AVX512-BF16, which every CPU with AMX has)
 //   without    AVX-512 F, BW, VL and DQ: bf16 is widened by shifts, sums are fused multiply-adds
@@ -63,6 +63,8 @@ i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 __m512 widen(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
+__m512 load(const float* p) { return _mm512_loadu_ps(p); }
+__m512 all(float x) { return _mm512_set1_ps(x); }
 __m512 load_bf16(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
 
 __m512i narrow(__m512 low, __m512 high) {  // 32 bf16, rounded to nearest even
@@ -89,14 +91,14 @@ __m512i pair(__m512 first, __m512 second) {
 
 // 2^t by a polynomial of degree 4 (relative error 3e-6, a thousandth of a bf16's rounding).
 __m512 exp2(__m512 t) {
-  t = _mm512_max_ps(t, _mm512_set1_ps(-140.f));  // -inf would become nan below
+  t = _mm512_max_ps(t, all(-140.f));  // -inf would become nan below
   __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 f = _mm512_sub_ps(t, whole);
-  __m512 p = _mm512_set1_ps(9.5701006e-3f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5917860e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4024745e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9312181e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.9999926e-1f));
+  __m512 p = all(9.5701006e-3f);
+  p = _mm512_fmadd_ps(p, f, all(5.5917860e-2f));
+  p = _mm512_fmadd_ps(p, f, all(2.4024745e-1f));
+  p = _mm512_fmadd_ps(p, f, all(6.9312181e-1f));
+  p = _mm512_fmadd_ps(p, f, all(9.9999926e-1f));
   return _mm512_scalef_ps(p, whole);
 }
 
@@ -130,7 +132,11 @@ void transpose(__m512i r[16]) {
 #ifdef FAVOR_AMX
 struct Tiles {  // the tile registers of one thread: eight of 16 rows of 64 bytes
   Tiles() {
-    struct alignas(64) { uint8_t palette = 1, start = 0, zero[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, zero[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
     std::fill_n(config.bytes, 8, 64);
     std::fill_n(config.rows, 8, 16);
     _tile_loadconfig(&config);
@@ -139,7 +145,8 @@ struct Tiles {  // the tile registers of one thread: eight of 16 rows of 64 byte
 };
 
 template <bool WIDE>  // 32 columns, or 16
-void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k, bool add) {
+void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k,
+                      bool add) {
   const i64 cs = ldc * 4, as = lda * 2, bs = ldb * 4;
   if (add) {
     _tile_loadd(0, c, cs);
@@ -175,20 +182,22 @@ __m512 dot(__m512 sum, __m512i a, __m512i b) {  // sum + a[even] b[even] + a[odd
 }
 
 template <bool WIDE>
-void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k, bool add) {
+void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k,
+                      bool add) {
   constexpr int ROWS = 8, COLUMNS = WIDE ? 2 : 1;
   for (int row = 0; row < STRIP; row += ROWS, c += ROWS * ldc, a += ROWS * lda) {
     __m512 sum[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; ++r)
       for (int j = 0; j < COLUMNS; ++j)
-        sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
+        sum[r][j] = add ? load(c + r * ldc + 16 * j) : _mm512_setzero_ps();
     for (i64 i = 0; i < k; i += 2) {
       __m512i right[COLUMNS];
       for (int j = 0; j < COLUMNS; ++j) right[j] = _mm512_loadu_si512(b + i / 2 * ldb + 16 * j);
       for (int r = 0; r < ROWS; ++r) {
         int32_t two;
         std::memcpy(&two, a + r * lda + i, 4);
-        for (int j = 0; j < COLUMNS; ++j) sum[r][j] = dot(sum[r][j], _mm512_set1_epi32(two), right[j]);
+        for (int j = 0; j < COLUMNS; ++j)
+          sum[r][j] = dot(sum[r][j], _mm512_set1_epi32(two), right[j]);
       }
     }
     for (int r = 0; r < ROWS; ++r)
@@ -222,10 +231,10 @@ struct Worker {
   uint32_t *forth, *back;                // directions as B: (D x M), and transposed (MK x D)
   i64 filled = 0;                        // rows of the block
 
-  struct Head {                       // what is kept for each head; the names below are the current one's
+  struct Head {  // what is kept for each head; the names below are the current one's
     float *sum, *count, *floor;       // S or dS, transposed (D x M); z or dz (M); Σ of v or grad
     uint32_t *by_feature, *by_width;  // S or dS as B: summed over m, (MK x D), or d, (D x M)
-    float maximum, base;              // largest exponent of the keys; what ε adds to divisors, to dz
+    float maximum, base;              // largest exponent of keys; what ε adds to divisors, to dz
   };
   std::vector<Head> heads;
   i64 head = 0;  // the current one, of the call's
@@ -287,7 +296,8 @@ struct Worker {
   void pack_by_width(uint32_t* to) {
     for (i64 i = 0; i < D; i += 2)
       for (i64 j = 0; j < M; j += 16)
-        _mm512_storeu_si512(to + i / 2 * M + j, pair(_mm512_loadu_ps(sum + i * M + j), _mm512_loadu_ps(sum + (i + 1) * M + j)));
+        _mm512_storeu_si512(to + i / 2 * M + j,
+                            pair(load(sum + i * M + j), load(sum + (i + 1) * M + j)));
   }
 
   // `sum` as B of products over the features (K = MK): pairs lie along its rows.
@@ -297,7 +307,7 @@ struct Worker {
         __m512i r[16];
         for (int a = 0; a < 16; ++a) {
           const float* row = sum + (i + a) * M + j;
-          r[a] = narrow(_mm512_loadu_ps(row), j + 16 < M ? _mm512_loadu_ps(row + 16) : _mm512_setzero_ps());
+          r[a] = narrow(load(row), j + 16 < M ? load(row + 16) : _mm512_setzero_ps());
         }
         transpose(r);
         for (int a = 0; a < 16; ++a) _mm512_storeu_si512(to + (j / 2 + a) * D + i, r[a]);
@@ -305,7 +315,7 @@ struct Worker {
   }
 
   // Copy rows [t, t + n) of a head; rows and columns beyond are zero.
-  void load(bf16* to, const Rows& from, i64 t, i64 n) {
+  void fetch(bf16* to, const Rows& from, i64 t, i64 n) {
     for (i64 r = 0; r < n; ++r) {
       const bf16* row = from.at(t + r, head);
       const bf16* ahead = row + STRIP * from.token;  // the next strip's
@@ -320,7 +330,7 @@ struct Worker {
     alignas(64) bf16 line[512];
     for (i64 r = 0; r < n; ++r) {
       for (i64 i = 0; i < D; i += 32)
-        _mm512_store_si512(line + i, narrow(_mm512_loadu_ps(small + r * D + i), _mm512_loadu_ps(small + r * D + i + 16)));
+        _mm512_store_si512(line + i, narrow(load(small + r * D + i), load(small + r * D + i + 16)));
       std::memcpy(to.at(t + r, head), line, d * 2);
     }
   }
@@ -329,12 +339,13 @@ struct Worker {
   void append_columns(const bf16* rows) {
     for (i64 i = 0; i < D; i += 16) {
       __m512i r[16];
-      __m512 total = _mm512_loadu_ps(floor + i);
+      __m512 total = load(floor + i);
       for (int a = 0; a < 16; ++a) {
         __m256i even = _mm256_loadu_si256((const __m256i*)(rows + 2 * a * D + i));
         __m256i odd = _mm256_loadu_si256((const __m256i*)(rows + (2 * a + 1) * D + i));
         total = _mm512_add_ps(total, _mm512_add_ps(widen(even), widen(odd)));
-        r[a] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+        r[a] = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
       }
       _mm512_storeu_ps(floor + i, total);
       transpose(r);
@@ -345,7 +356,8 @@ struct Worker {
   // sum += columns x features of the block, and begin the next one.
   void flush() {
     if (filled)
-      for (i64 i = 0; i < D; i += STRIP) multiply(sum + i * M, columns + i * BLOCK, BLOCK, e_pairs, M, filled, true);
+      for (i64 i = 0; i < D; i += STRIP)
+        multiply(sum + i * M, columns + i * BLOCK, BLOCK, e_pairs, M, filled, true);
     filled = 0;
   }
 
@@ -369,14 +381,15 @@ struct Worker {
   // row_a = the largest exponent of each query.
   void row_maxima() {
     for (i64 r = 0; r < STRIP; ++r) {
-      __m512 top = _mm512_set1_ps(-INFINITY);
-      for (i64 j = 0; j < M; j += 16) top = _mm512_mask_max_ps(top, lanes(j), top, _mm512_loadu_ps(x + r * M + j));
+      __m512 top = all(-INFINITY);
+      for (i64 j = 0; j < M; j += 16)
+        top = _mm512_mask_max_ps(top, lanes(j), top, load(x + r * M + j));
       row_a[r] = _mm512_reduce_max_ps(top);
     }
   }
 
   __m512 feature(i64 r, i64 j) const {  // exp(x - row_a)
-    __m512 t = _mm512_fmsub_ps(_mm512_loadu_ps(x + r * M + j), _mm512_set1_ps(LOG2E), _mm512_set1_ps(row_a[r] * LOG2E));
+    __m512 t = _mm512_fmsub_ps(load(x + r * M + j), all(LOG2E), all(row_a[r] * LOG2E));
     return _mm512_maskz_mov_ps(lanes(j), exp2(t));
   }
 
@@ -387,8 +400,8 @@ struct Worker {
   void features(const float* weights, const float* z) {
     for (i64 r = 0; r < STRIP; r += 2) {
       __m512 dot_0 = _mm512_setzero_ps(), dot_1 = _mm512_setzero_ps();
-      const __m512 w_0 = _mm512_set1_ps(weights ? weights[r] : 0);
-      const __m512 w_1 = _mm512_set1_ps(weights ? weights[r + 1] : 0);
+      const __m512 w_0 = all(weights ? weights[r] : 0);
+      const __m512 w_1 = all(weights ? weights[r + 1] : 0);
       for (i64 j = 0; j < MK; j += 32) {
         __m512 e[2][2] = {};
         for (i64 h = 0; h < 2 && j + 16 * h < M; ++h) {
@@ -399,14 +412,15 @@ struct Worker {
             _mm512_storeu_ps(x + r * M + at, e[0][h]);
             _mm512_storeu_ps(x + (r + 1) * M + at, e[1][h]);
           }
-          if (PAIRS) _mm512_storeu_si512(e_pairs + (filled + r) / 2 * M + at, pair(e[0][h], e[1][h]));
+          if (PAIRS)
+            _mm512_storeu_si512(e_pairs + (filled + r) / 2 * M + at, pair(e[0][h], e[1][h]));
           if (weights) {
-            __m512 total = _mm512_fmadd_ps(w_0, e[0][h], _mm512_loadu_ps(count + at));
+            __m512 total = _mm512_fmadd_ps(w_0, e[0][h], load(count + at));
             _mm512_storeu_ps(count + at, _mm512_fmadd_ps(w_1, e[1][h], total));
           }
           if (z) {
-            dot_0 = _mm512_fmadd_ps(e[0][h], _mm512_loadu_ps(z + at), dot_0);
-            dot_1 = _mm512_fmadd_ps(e[1][h], _mm512_loadu_ps(z + at), dot_1);
+            dot_0 = _mm512_fmadd_ps(e[0][h], load(z + at), dot_0);
+            dot_1 = _mm512_fmadd_ps(e[1][h], load(z + at), dot_1);
           }
         }
         if (ROWS) {
@@ -421,14 +435,14 @@ struct Worker {
   // e_rows = x (features) times their gradient, dphi + weight of the row x z; row_b = sum of each.
   void feature_gradients(const float* weights, const float* z) {
     for (i64 r = 0; r < STRIP; ++r) {
-      const __m512 w = _mm512_set1_ps(weights ? weights[r] : 1);
+      const __m512 w = all(weights ? weights[r] : 1);
       __m512 total = _mm512_setzero_ps();
       for (i64 j = 0; j < MK; j += 32) {
         __m512 g[2] = {};
         for (i64 h = 0; h < 2 && j + 16 * h < M; ++h) {
           const i64 at = j + 16 * h;
-          g[h] = _mm512_fmadd_ps(w, _mm512_loadu_ps(z + at), _mm512_loadu_ps(dphi + r * M + at));
-          g[h] = _mm512_mul_ps(g[h], _mm512_loadu_ps(x + r * M + at));
+          g[h] = _mm512_fmadd_ps(w, load(z + at), load(dphi + r * M + at));
+          g[h] = _mm512_mul_ps(g[h], load(x + r * M + at));
           total = _mm512_add_ps(total, g[h]);
         }
         _mm512_storeu_si512(e_rows + r * MK + j, narrow(g[0], g[1]));
@@ -452,10 +466,10 @@ struct Worker {
 
   // Raise the running maximum to the largest exponent of the strip; what was summed shrinks.
   float raise(float maximum) {
-    __m512 top = _mm512_set1_ps(-INFINITY);
+    __m512 top = all(-INFINITY);
     for (i64 r = 0; r < STRIP; ++r)
       for (i64 j = 0; j < M; j += 16) {
-        __m512 complete = _mm512_sub_ps(_mm512_loadu_ps(x + r * M + j), _mm512_set1_ps(row_a[r]));
+        __m512 complete = _mm512_sub_ps(load(x + r * M + j), all(row_a[r]));
         top = _mm512_mask_max_ps(top, lanes(j), top, complete);
       }
     const float largest = _mm512_reduce_max_ps(top);
@@ -474,7 +488,7 @@ struct Worker {
     const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
     for (i64 h = 0; h < num; ++h) turn_to(first_head, h).maximum = -INFINITY, clear_sums();
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
-      load(strip, call.k, t, n), load(other, call.v, t, n);
+      fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
       exponents(), half_squares(strip, n);
       own.maximum = raise(own.maximum);
       for (i64 r = 0; r < STRIP; ++r) row_a[r] += own.maximum;
@@ -497,7 +511,7 @@ struct Worker {
   void read_queries(i64 cell, i64 first_head, i64 num) {
     const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
-      load(strip, call.q, t, n);
+      fetch(strip, call.q, t, n);
       exponents(), row_maxima();
       features<true, false, false>(nullptr, count);
       multiply(small, e_rows, MK, by_feature, D, MK);
@@ -512,9 +526,10 @@ struct Worker {
 
   // other = g_a = gradient / divisor, rounded; row_b = g_b = -g_a . attended value.
   void upstream(i64 t, i64 n) {
-    load(other, call.grad, t, n), load(third, call.out, t, n);
+    fetch(other, call.grad, t, n), fetch(third, call.out, t, n);
     for (i64 r = 0; r < STRIP; ++r) {
-      const __m512 inverse = _mm512_set1_ps(r < n ? 1 / call.divisors[(t + r) * call.heads + head] : 0);
+      const float* divisor = call.divisors + (t + r) * call.heads + head;
+      const __m512 inverse = all(r < n ? 1 / *divisor : 0);
       __m512 along = _mm512_setzero_ps();
       for (i64 i = r * D; i < (r + 1) * D; i += 32) {
         const __m512 a = _mm512_mul_ps(load_bf16(other + i), inverse);
@@ -537,7 +552,7 @@ struct Worker {
       clear_sums();
     }
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
-      load(strip, call.q, t, n);
+      fetch(strip, call.q, t, n);
       upstream(t, n);
       std::copy_n(row_b, STRIP, along);
       for (i64 r = 0; r < n; ++r) own.base += eps * along[r];
@@ -564,7 +579,7 @@ struct Worker {
     const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
     walk(first_head, num, first, last, [&](Head&, i64 t, i64 n) {
       const float maximum = call.maxima[cell * call.heads + head];
-      load(strip, call.k, t, n), load(other, call.v, t, n);
+      fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
       exponents(), half_squares(strip, n);
       for (i64 r = 0; r < STRIP; ++r) row_a[r] += maximum;
       features<true, false, true>(nullptr, nullptr);
@@ -578,8 +593,8 @@ struct Worker {
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; i += 16) {
           float* at = small + r * D + i;
-          const __m512 k = _mm512_mul_ps(load_bf16(strip + r * D + i), _mm512_set1_ps(squared * row_b[r]));
-          _mm512_storeu_ps(at, _mm512_sub_ps(_mm512_loadu_ps(at), k));
+          const __m512 k = _mm512_mul_ps(load_bf16(strip + r * D + i), all(squared * row_b[r]));
+          _mm512_storeu_ps(at, _mm512_sub_ps(load(at), k));
         }
       store(call.grad_k, t, n);
     });
