@@ -24,7 +24,7 @@ Precision = Literal["fp32", "bf16"]
 EXPRESSED_SHARE: Final = 0.053
 """Share of a PanglaoDB cell's genes that are expressed (about 900 of 16,906)."""
 CPU_PROCESS_BYTES: Final = 50e6
-"""What a CPU rank holds besides, above its imports (kernels, the loader's arenas); measured once."""
+"""What a CPU rank holds besides, above its imports: kernels, the loader's arenas. Measured once."""
 BUCKET: Final = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
 
