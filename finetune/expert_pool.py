@@ -29,8 +29,8 @@ NUM_GENES: Final = 2_000
 """Variable genes that the experts see."""
 NUM_FOLDS: Final = 3
 MANY_CELLS: Final = 1_000
-"""From so many training cells on, only the regressions are pooled. Trained on 10x's pbmc3k (2,700
-cells), the pool with the other two lost 1 to 3 points of accuracy on Kang's cells."""
+"""From so many training cells on, regression goes without the others: trained on the 2,700 cells of
+10x's pbmc3k, the pool of all lost 1 to 3 points of accuracy on Kang's cells."""
 POOL_PRIOR: Final = 100.0
 """Cells' worth of nats that a pool pays for weights one unit away from equal ones, squared: with
 few cells the weights stay equal, with thousands the cells decide."""

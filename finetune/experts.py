@@ -3,8 +3,6 @@
 Each expert turns a cell's expression into a logit per type by one matrix:
 
 - `regression`: multinomial logistic regression with L2 penalty, classes weighted by 1 / cells;
-- `damped regression`: the same with a penalty that grows with a gene's expression: another
-  technology multiplies each gene by some factor, which moves highly expressed genes most;
 - `discriminant`: linear discriminant analysis of the square root, its covariance shrunk towards a
   multiple of the identity;
 - `correlation`: correlation with the mean of each type.
@@ -90,20 +88,6 @@ def fit_regression(
     return maps
 
 
-def fit_damped_regression(
-    x: Array, codes: NDArray[np.int64], penalties: Sequence[float]
-) -> list[LinearMap]:
-    """Fit logistic regressions whose penalty grows with a gene's expression.
-
-    If a gene is multiplied by a random factor, log(1 + r) moves by its logarithm times
-    r / (1 + r). A weight is penalised by 1 + the square of the mean of that, by shrinking the gene.
-    """
-    moves = (1 - np.exp(-x)).mean(axis=0)
-    shrink = (1 / np.sqrt(1 + moves**2)).astype(np.float32)
-    maps = fit_regression(x * shrink, codes, penalties)
-    return [LinearMap(found.weight * shrink, found.bias) for found in maps]
-
-
 def fit_discriminant(
     x: Array, codes: NDArray[np.int64], shrinkages: Sequence[float]
 ) -> list[LinearMap]:
@@ -150,7 +134,6 @@ def fit_correlation(
 
 EXPERTS: Final[Mapping[str, Expert]] = {
     "regression": Expert("log", PENALTIES, fit_regression),
-    "damped regression": Expert("log", (0.003, 0.01, 0.03), fit_damped_regression),
     "discriminant": Expert("sqrt", SHRINKAGES, fit_discriminant),
     "correlation": Expert("standardised", (CORRELATION_SCALE,), fit_correlation),
 }

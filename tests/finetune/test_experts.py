@@ -11,7 +11,6 @@ from finetune.expert_pool import class_weights, fit_pool, pool_weights, temperat
 from finetune.experts import (
     EXPERTS,
     fit_correlation,
-    fit_damped_regression,
     fit_discriminant,
     fit_regression,
 )
@@ -68,33 +67,10 @@ def test_regression_is_scikit_learns_for_two_and_more_classes(
         np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-4)
 
 
-def test_damped_regression_is_regression_with_a_penalty_for_each_gene(
-    cells: tuple[np.ndarray, np.ndarray],
-) -> None:
-    x, codes = np.abs(cells[0]), cells[1]
-    (ours,) = fit_damped_regression(x, codes, [0.1])
-    moves = (1 - np.exp(-x)).mean(axis=0)
-    penalty = 1 + moves**2
-    weights = class_weights(codes, 3)[codes]
-
-    def objective(flat: np.ndarray) -> float:
-        weight, bias = flat[:-3].reshape(3, -1), flat[-3:]
-        logits = x @ weight.T + bias
-        likely = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        nats = -(weights * likely[np.arange(len(codes)), codes]).sum()
-        return float(0.1 * nats + 0.5 * (penalty * weight**2).sum())
-
-    at_ours = objective(np.concatenate([ours.weight.ravel(), ours.bias]))
-    rng = np.random.default_rng(0)
-    for _ in range(20):  # no neighbour is better
-        step = rng.normal(scale=3e-3, size=ours.weight.size + 3)
-        assert objective(np.concatenate([ours.weight.ravel(), ours.bias]) + step) > at_ours
-
-
-def test_only_regressions_are_pooled_of_many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regression_goes_alone_with_many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     counts, labels = simulated_cells((30, 30))
     monkeypatch.setattr("finetune.expert_pool.MANY_CELLS", 60)
-    assert set(fit_pool(counts, labels, seed=0).weights) == {"regression", "damped regression"}
+    assert set(fit_pool(counts, labels, seed=0).weights) == {"regression"}
 
 
 def test_correlation_is_numpys(cells: tuple[np.ndarray, np.ndarray]) -> None:
