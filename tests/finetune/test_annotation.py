@@ -443,15 +443,13 @@ print([line.split()[1] for line in status.splitlines() if line.startswith("VmHWM
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_cells(folder: Path, tmp_path: Path) -> None:
-    """Almost five times the cells, most of whose counts are on genes that the model does not know."""
+    """Almost five times the cells; most of their counts are on genes the model does not know."""
     peaks = []
     for num_cells in (1_500, 7_000):
         rng = np.random.default_rng(0)
         columns = rng.integers(0, 10_000, num_cells * 2_000)
-        counts = sparse.csr_matrix(
-            (np.ones(len(columns), np.float32), columns, np.arange(0, len(columns) + 1, 2_000)),
-            shape=(num_cells, 10_000),
-        )
+        starts, ones = np.arange(num_cells + 1) * 2_000, np.ones(len(columns), np.float32)
+        counts = sparse.csr_matrix((ones, columns, starts), shape=(num_cells, 10_000))
         counts.sum_duplicates()
         names = [*GENES, *(f"OTHER{place}" for place in range(10_000 - len(GENES)))]
         obs = pd.DataFrame(index=[f"c{row}" for row in range(num_cells)])

@@ -1,0 +1,194 @@
+"""How fast cells are labelled, beside the published way: one cell at a time, performer-pytorch.
+
+    python benchmarks/annotate_speed.py --save benchmarks/results/annotate_speed.json
+
+At full length (16,906 genes + 1, 6 blocks × 200, 10 heads, 266 features, untrained weights, 900
+expressed genes a cell) these take turns, on one thread, measured in CPU seconds:
+
+- `published`: performer-pytorch's blocks and attention, a cell at a time, as the published
+  prediction script does.
+- `ours`: `finetune.classifier.predict`, float32, and the same in bfloat16 (`--precision bfloat16`).
+- `expressed`: the same shape on expressed genes only (another model, trained so).
+
+Then cells per CPU second of the quickstart's shape (2 blocks × 64, 2,000 genes). Each ratio is the
+median over rounds of what was measured in the same round. Ends with a line of JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from performer_pytorch import Performer
+from scipy import sparse
+from torch import Tensor, nn
+
+from datastore.binning import tokenize
+from datastore.config import BinningConfig
+from finetune.annotator import auto_batch_size
+from finetune.classifier import CellClassifier, predict
+from finetune.config import HeadConfig
+from pretrain.config import EncoderConfig
+from pretrain.encoder import build_encoder
+
+FULL: Final = EncoderConfig(dim=200, depth=6, heads=10, dim_head=64, gene_embedding="learned")
+FULL_GENES: Final = 16_906
+QUICKSTART: Final = EncoderConfig(dim=64, depth=2, heads=2, dim_head=32, gene_embedding="learned")
+QUICKSTART_GENES: Final = 2_000
+LABELS: Final = tuple(f"type {number}" for number in range(14))
+CPU: Final = torch.device("cpu")
+
+
+class PublishedClassifier(nn.Module):
+    """The published model's parts as performer-pytorch runs them."""
+
+    def __init__(self, shape: EncoderConfig, num_genes: int) -> None:
+        super().__init__()
+        self.expression = nn.Embedding(7, shape.dim)
+        self.genes = nn.Embedding(num_genes + 1, shape.dim)
+        self.performer = Performer(
+            dim=shape.dim,
+            depth=shape.depth,
+            heads=shape.heads,
+            dim_head=shape.dim_head,
+            ff_mult=shape.ff_mult,
+            nb_features=shape.features,
+            qkv_bias=False,
+            attn_out_bias=True,
+        )
+        self.norm = nn.LayerNorm(shape.dim)
+        self.per_gene = nn.Linear(shape.dim, 1)
+        self.head = nn.Sequential(
+            nn.Linear(num_genes + 1, 512),
+            nn.ReLU(),
+            nn.Linear(512, 128),
+            nn.ReLU(),
+            nn.Linear(128, len(LABELS)),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (1, G) to logits (1, C)."""
+        tokens = nn.functional.pad(tokens.long(), (0, 1))
+        x = self.expression(tokens) + self.genes.weight
+        return self.head(self.per_gene(self.norm(self.performer(x))).squeeze(-1).relu())
+
+
+def one_at_a_time(model: PublishedClassifier, counts: sparse.csr_matrix) -> None:
+    with torch.no_grad():
+        for cell in counts:
+            starts = cell.indptr.astype(np.int64)
+            tokens = tokenize(starts, cell.indices, cell.data, cell.shape[1], BinningConfig())
+            model(torch.from_numpy(tokens)).softmax(-1).numpy()
+
+
+def labelling(shape: EncoderConfig, num_genes: int, narrow: bool) -> Callable[..., None]:
+    encoder = build_encoder(shape, BinningConfig(), num_genes, seed=0)
+    model = CellClassifier(encoder, LABELS, HeadConfig()).eval()
+    size = auto_batch_size(model, CPU)
+
+    def label(counts: sparse.csr_matrix) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            predict(model, counts, size, progress=False)
+
+    return label
+
+
+def cells(num_cells: int, num_genes: int, expressed: int, seed: int) -> sparse.csr_matrix:
+    rng = np.random.default_rng(seed)
+    columns = np.concatenate([rng.permutation(num_genes)[:expressed] for _ in range(num_cells)])
+    values = 1 + rng.geometric(0.4, len(columns))
+    starts = np.arange(num_cells + 1) * expressed
+    return sparse.csr_matrix((values, columns, starts), shape=(num_cells, num_genes))
+
+
+def cpu_seconds(function: Callable[[sparse.csr_matrix], None], counts: sparse.csr_matrix) -> float:
+    """CPU seconds per cell."""
+    started = time.process_time()
+    function(counts)
+    return (time.process_time() - started) / counts.shape[0]
+
+
+def measure(
+    variants: dict[str, Callable[..., None]], counts: dict[str, sparse.csr_matrix], rounds: int
+) -> dict[str, list[float]]:
+    for name, label in variants.items():
+        label(counts[name][:1])  # kernels are built and memory is taken
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds):
+        for name, label in variants.items():
+            found[name].append(cpu_seconds(label, counts[name]))
+            print(f"round {turn + 1}  {name:10} {found[name][-1]:8.4f} CPU s per cell", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="accepted for uniformity")
+    parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    published = PublishedClassifier(FULL, FULL_GENES).eval()
+    expressed = replace(FULL, sequence="expressed")
+    variants: dict[str, Callable[..., None]] = {
+        "published": lambda counts: one_at_a_time(published, counts),
+        "ours": labelling(FULL, FULL_GENES, narrow=False),
+        "ours_bf16": labelling(FULL, FULL_GENES, narrow=True),
+        "expressed": labelling(expressed, FULL_GENES, narrow=False),
+    }
+    few, more = cells(1, FULL_GENES, 900, 0), cells(4, FULL_GENES, 900, 1)
+    full = measure(
+        variants, {"published": few, "ours": few, "ours_bf16": more, "expressed": more}, rounds
+    )
+    small = {
+        "float32": labelling(QUICKSTART, QUICKSTART_GENES, narrow=False),
+        "bfloat16": labelling(QUICKSTART, QUICKSTART_GENES, narrow=True),
+        "expressed": labelling(
+            replace(QUICKSTART, sequence="expressed"), QUICKSTART_GENES, narrow=False
+        ),
+    }
+    many = cells(64, QUICKSTART_GENES, 400, 2)
+    quickstart = measure(small, dict.fromkeys(small, many), rounds)
+    ratios = {
+        name: round(median(a / b for a, b in zip(full["published"], full[name], strict=True)), 2)
+        for name in full
+        if name != "published"
+    }
+    result = {
+        "benchmark": "annotate_speed",
+        "ratios": ratios,
+        "figures": {
+            "cpu_seconds_per_cell": {name: median(values) for name, values in full.items()},
+            "quickstart_cells_per_cpu_second": {
+                name: 1 / median(values) for name, values in quickstart.items()
+            },
+            "rounds": rounds,
+        },
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+        },
+    }
+    print(json.dumps(result))
+    if options.save:
+        Path(options.save).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
