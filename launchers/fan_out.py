@@ -49,7 +49,7 @@ class Remote:
         self.host = host
         self.session = ""
         # The shell leads a session that holds all ranks; its number comes first.
-        wrapped = f"setsid sh -c {shlex.quote(f'echo session $$; {command}')}"
+        wrapped = f"setsid --wait sh -c {shlex.quote(f'echo session $$; {command}')}"
         self.process = subprocess.Popen(
             [*SSH, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", host, wrapped],
             stdin=subprocess.DEVNULL,
@@ -61,7 +61,7 @@ class Remote:
         self.reader.start()
 
     def _read(self, lines: IO[bytes], log: Path, show: str) -> None:
-        with log.open("ab") as file:
+        with lines, log.open("ab") as file:
             for line in lines:
                 if not self.session and line.startswith(b"session "):
                     self.session = line.split()[1].decode()

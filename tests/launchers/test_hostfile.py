@@ -1,5 +1,7 @@
 """Hostfiles and hosts that a training cannot start on, each in one sentence."""
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,7 @@ from pretrain.distributed import start_ranks
         pytest.param("", "names no host", id="empty"),
         pytest.param("# none\n\n", "names no host", id="comments"),
         pytest.param("n1 slots=2\nn1 slots=2\n", "line 2: n1 is there twice", id="twice"),
-        pytest.param(
-            "n1 slots=2\nn2 slots=4\n", r"n1 2, n2 4\).*of them 2", id="unequal"
-        ),
+        pytest.param("n1 slots=2\nn2 slots=4\n", r"n1 2, n2 4\).*of them 2", id="unequal"),
         pytest.param("n1\n", "line 1: 'n1'; write NAME slots=N", id="no slots"),
         pytest.param("n1 slots=0\n", "write NAME slots=N", id="zero"),
         pytest.param("n1 slots=two\n", "write NAME slots=N", id="no number"),
@@ -60,9 +60,7 @@ READY = "folder True\ninterfaces lo eth0\nport free\n"
 @pytest.mark.parametrize(
     ("code", "out", "err", "message"),
     [
-        pytest.param(
-            255, "", "No route to host", r"n1 cannot be reached .*No route", id="ssh"
-        ),
+        pytest.param(255, "", "No route to host", r"n1 cannot be reached .*No route", id="ssh"),
         pytest.param(127, "", "no such file", "n1 has no such Python", id="python"),
         pytest.param(0, READY.replace("True", "False"), "", "n1 has no folder", id="folder"),
         pytest.param(0, READY.replace("free", "taken"), "", "port 7 of n1 is in use", id="port"),
@@ -98,3 +96,27 @@ def test_a_command_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path.write_text("n1\n")
     assert fan_out.main(["--hostfile", str(path)]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("commands", "code"), [(("exit 0", "exit 7"), 7), (("exit 0", "exit 0"), 0)]
+)
+def test_the_exit_code_of_a_host_comes_back(
+    commands: tuple[str, ...], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an ssh that runs its last word here, in a process group of its own as sshd does."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/bash\nset -m\nbash -c "${@: -1}" &\nwait $!\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    remotes = [
+        fan_out.Remote(f"n{number}", command, tmp_path / f"n{number}.log", "")
+        for number, command in enumerate(commands)
+    ]
+    former = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        assert fan_out._wait(remotes) == code
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    assert all(remote.session.isdigit() for remote in remotes)

@@ -90,7 +90,7 @@ class Cluster:
             )
         return Running(process, log)
 
-    def run(self, host: Host, command: str, timeout_seconds: float = 240) -> tuple[int, str]:
+    def run(self, host: Host, command: str, timeout_seconds: float = 400) -> tuple[int, str]:
         """Run a shell command on a host; return its exit code and all that it printed."""
         running = self.start(host, command)
         return running.wait(timeout_seconds), running.text
