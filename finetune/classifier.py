@@ -42,9 +42,6 @@ class CellClassifier(nn.Module):
         )
         self.expression = expression
         self.novelty = novelty
-        if expression is not None:  # the head begins as no correction of it
-            nn.init.zeros_(self.head.classes.weight)
-            nn.init.zeros_(self.head.classes.bias)
         self.register_buffer("correction", torch.ones(()))
         self.register_buffer("temperature", torch.ones(()))
 

@@ -57,7 +57,7 @@ class HeadConfig:
     and two layers, far smaller."""
     expression: bool = True
     """Start from linear experts on log-normalised expression, tuned inside the training cells, and
-    let the network correct them; off is the network alone, as published."""
+    add what share of the network's logits helps; off is the network alone, as published."""
     hidden: int = 512
     """Width of the first layer over the genes (conv1d)."""
     bottleneck: int = 128

@@ -36,7 +36,8 @@ class Cells:
     Attributes:
         counts: Raw counts in panel order, CSR of shape (N, G).
         codes: Type codes, (N,).
-        start: Logits that the network's are added to, (N, C); by experts that did not see the cell.
+        start: Logits that a share of the network's may be added to, (N, C); by experts that did not
+            see the cell.
     """
 
     counts: sparse.csr_matrix
@@ -66,9 +67,11 @@ def fit_network(
 ) -> None:
     """Train until the validation macro-F1 stops rising; leave the best weights in the model.
 
-    Where macro-F1 is equal, the higher log-likelihood counts. An interrupted training continues
-    from its last whole epoch in `folder`, with the same result. In the end `model.correction` is
-    set to the share of the network's logits that makes validation cells most likely.
+    The network learns the types by itself, so that its cell embedding tells them apart whatever its
+    share. Where macro-F1 is equal, the higher log-likelihood counts. An interrupted training
+    continues from its last whole epoch in `folder`, with the same result. In the end
+    `model.correction` is set to the share of the network's logits that, added to the experts',
+    makes validation cells most likely.
     """
     optimizer = _optimizer(model, config)
     log.info("%d cells to train on, %d to validate", len(train.codes), len(validation.codes))
@@ -93,8 +96,7 @@ def fit_network(
             break
     model.load_state_dict(progress.kept)
     if model.expression is not None:
-        own = held_out.logits() - validation.start
-        model.correction.fill_(chosen_correction(own, validation))
+        model.correction.fill_(chosen_correction(held_out.logits(), validation))
 
 
 def chosen_correction(own: NDArray[np.float32], cells: Cells) -> float:
@@ -181,7 +183,6 @@ class Inputs:
         self._model, self._batch_size = model, config.batch_size
         encoder, counts = model.encoder, cells.counts
         num_values = counts.shape[0] * (encoder.num_genes + 1) * encoder.config.dim
-        self._start = torch.from_numpy(cells.start)
         self._states: Tensor | None = None
         if config.train == "head" and 4 * num_values <= config.cache_gigabytes * 1e9:
             parts = token_batches(counts, self._batch_size, encoder)
@@ -193,16 +194,16 @@ class Inputs:
         return next(self._model.parameters()).device
 
     def training_logits(self, rows: NDArray[np.int64]) -> Tensor:
-        """Classify some of the cells, (len(rows), C), in the model's present mode."""
+        """Logits of the network for some of the cells, (len(rows), C), in its present mode."""
         counts = self.cells.counts[rows]
         (tokens,) = token_batches(counts, len(rows), self._model.encoder)
         tokens = tokens.to(self._device)
         states = self._model.encoder(tokens) if self._states is None else self._states[rows]
         logits: Tensor = self._model.head(states, tokens)[0]
-        return logits + self._start[rows].to(logits.device)
+        return logits
 
     def logits(self) -> NDArray[np.float32]:
-        """Classify every cell in evaluation mode, (N, C)."""
+        """Logits of the network for every cell, in evaluation mode, (N, C)."""
         self._model.eval()
         rows = np.arange(len(self.cells.codes))
         with torch.no_grad():

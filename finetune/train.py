@@ -2,7 +2,8 @@
 
 1. Labelled cells are split into a training side, of which some cells validate, and a test side.
 2. Linear experts on expression are tuned inside the training side (`finetune.experts`).
-3. The network learns to correct what they say of cells that they did not see (`finetune.fitting`).
+3. The network learns the types too (`finetune.fitting`); what share of its logits is added to
+   theirs, validation cells decide.
 4. Probabilities are calibrated and novelty thresholds set on cells that nothing was fitted on.
 5. The test side is labelled, beside the baselines; export, scores and figures are written.
 """
@@ -205,7 +206,7 @@ def _calibrate(
     if pool is not None and not float(model.correction):
         folds = pool.folds
     else:
-        own = Inputs(model, cells.take(held_out), config).logits() - logits[held_out]
+        own = Inputs(model, cells.take(held_out), config).logits()
         logits[held_out] += float(model.correction) * own
     if (folds >= 0).any():
         level = temperature(logits[folds >= 0], cells.codes[folds >= 0])
