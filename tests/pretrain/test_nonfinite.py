@@ -110,7 +110,7 @@ def test_all_ranks_stop_or_skip_together_under_every_stage(tmp_path: Path) -> No
     assert second["stop"] == second["bound"] == "left with 2"
     assert "max_skipped_steps is 0" in first["bound"]
     found = sorted(path.name for path in (tmp_path / "stop" / "checkpoints").iterdir())
-    assert found == ["latest", "step_00000002", "step_00000004"]
+    assert found == ["genes.txt", "latest", "step_00000002", "step_00000004"]
 
     losses, _, weights = plain_training(stop, left_out={POISONED})
     del losses[POISONED]
