@@ -109,7 +109,7 @@ def test_the_coordinator_killed_during_a_save(
 
 
 def test_a_full_disk_during_a_save(cluster: Cluster, undisturbed: dict[int, float]) -> None:
-    """Host n1 has a small disk of its own for the output; what it holds is read there."""
+    """Host n1 writes on a small disk of its own; a larger one, seen by all, takes its place."""
     folder = cluster.folder / "full"
     cluster.mount(cluster.hosts[0], folder, "1m")
     config = settings(cluster, "full", save_every=1)
@@ -123,7 +123,12 @@ def test_a_full_disk_during_a_save(cluster: Cluster, undisturbed: dict[int, floa
     assert running.wait(90) == 2, running.text
     assert len(re.findall("^n1: error: ", running.text, re.MULTILINE)) == 1, running.text
     assert "former checkpoints are kept" in running.text
-    cluster.run(cluster.hosts[0], f"rm {folder}/ballast")
+    moved = (
+        f"rm {folder}/ballast && cp -a {folder} {folder}.saved && umount {folder}"
+        f" && cp -a {folder}.saved/. {folder}/"
+    )
+    code, text = cluster.run(cluster.hosts[0], moved)
+    assert code == 0, text
 
     code, text = cluster.run(cluster.hosts[0], command(config, "--stop_after 60"))
     assert code == 0, text
