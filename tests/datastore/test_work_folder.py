@@ -3,10 +3,8 @@
 import errno
 import fcntl
 import json
-import os
 import re
 import shutil
-import subprocess
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from tests.support.cells import (
     three_sources,
     write_sources,
 )
+from tests.support.disks import small_disk_at
 
 
 @pytest.fixture(scope="module")
@@ -250,23 +249,9 @@ def test_the_estimate_is_what_an_ingest_takes(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB. In CI it has to be there: that runs as root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must be allowed to mount a small disk: {mounted.stderr}")
-        pytest.skip("only root may mount a small disk")
-    try:
+    """A file system of 2 MB."""
+    with small_disk_at(tmp_path / "disk", "2m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_loses_nothing(

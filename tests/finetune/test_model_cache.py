@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import pytest
 
 from finetune.export_files import MANIFEST, make_manifest
 from finetune.model_cache import ModelCache, default_cache
+from tests.support.disks import small_disk_at
 from tests.support.entries import write_entry
 
 NUM_PROCESSES, NUM_THREADS = 4, 50
@@ -153,22 +153,8 @@ def test_what_a_broken_fetch_left_is_nowhere(entry: Path, digest: str, tmp_path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must be allowed to mount a small disk: {mounted.stderr}")
-        pytest.skip("only root may mount a small disk")
-    try:
+    with small_disk_at(tmp_path / "disk", "64k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_sentence(entry: Path, digest: str, small_disk: Path) -> None:
