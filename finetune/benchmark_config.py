@@ -36,7 +36,8 @@ class BenchmarkConfig:
     label_key: str = "cell_type"
     """Column of obs that holds the cell types, in both files."""
     layer: str | None = None
-    """Layer that holds the counts; none takes `X`."""
+    """Layer that holds the counts, or `raw`; none takes the first of `X`, `layers["counts"]` and
+    `raw` that holds counts."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     methods: tuple[str, ...] = DEFAULT_METHODS
     """Names of methods: majority, nearest mean, marker scoring, logistic regression, logistic

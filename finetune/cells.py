@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from datastore.genes import GenePanel, align_counts, match_genes
-from datastore.sources import check_counts, scan_source
+from datastore.gene_tables import NO_TABLES, GeneTables
+from datastore.genes import GenePanel
+from datastore.sources import scan_source
+from finetune.check import align
 from finetune.dataset import check_labels
+from finetune.query import Query
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +36,12 @@ def read_adata(path: str | Path, layer: str | None) -> anndata.AnnData:
 
 
 def panel_counts(
-    adata: anndata.AnnData,
+    query: Query,
     panel: GenePanel,
-    where: str,
-    layer: str | None,
-    min_share_found: float,
+    min_share_found: float = 0.0,
+    tables: GeneTables = NO_TABLES,
 ) -> sparse.csr_matrix:
-    """Check the counts of an AnnData and bring them into panel order.
+    """Read all counts of a query, checked and in panel order.
 
     Returns:
         Raw counts, CSR of shape (N, G).
@@ -47,20 +49,12 @@ def panel_counts(
     Raises:
         ValueError: If these are not counts, or too few genes are the panel's.
     """
-    table, place = adata, "X"
-    matrix = adata.X
-    if layer is not None and layer in adata.layers:
-        matrix, place = adata.layers[layer], f"layers[{layer!r}]"
-    elif layer is not None:  # read_adata has seen that there is raw
-        table, place = adata.raw, "raw"
-        matrix = adata.raw.X
-    matrix = sparse.csr_matrix(matrix)
-    check_counts(matrix, f"{where}, {place}")
-    places, found = match_genes(list(table.var_names), panel, where, min_share_found)
+    alignment = align(query, panel, min_share_found, tables)
     log.info(
-        "%s: %.1f %% of the model's %d genes found", where, 100 * found.share_found, len(panel)
+        "%s: counts from %s, %.1f %% of the model's %d genes found",
+        *(query.where, query.place, 100 * alignment.line.share_found, len(panel)),
     )
-    return align_counts(matrix, places, len(panel))
+    return alignment.counts(query, 0, query.num_cells)
 
 
 def labels_of(adata: anndata.AnnData, key: str, where: str) -> NDArray[np.str_]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finetune.annotation_config import GeneTablesConfig
 from pretrain.config import EncoderConfig, TrackingConfig
 
 
@@ -15,7 +16,8 @@ class LabelledConfig:
     label_key: str = "cell_type"
     """Column of obs that holds the cell types."""
     layer: str | None = None
-    """Layer that holds the counts; none takes `X`."""
+    """Layer that holds the counts, or `raw`; none takes the first of `X`, `layers["counts"]` and
+    `raw` that holds counts."""
     test_path: str | None = None
     """`.h5ad` of held-out labelled cells; none holds out `test_share` of `path`."""
     test_share: float = 0.2
@@ -27,6 +29,7 @@ class LabelledConfig:
     """The fold that is held out, from 0."""
     validation_share: float = 0.1
     """Share of each remaining type that decides when to stop."""
+    panel: GeneTablesConfig = field(default_factory=GeneTablesConfig)
     min_share_found: float = 0.3
     """Refuse a file that measured less than this share of the model's genes."""
 

@@ -183,14 +183,19 @@ def store_query(place: str | Path, part: int | None = None, obs_column: str | No
     )
 
 
-def adata_query(adata: anndata.AnnData, layer: str | None = None) -> Query:
+def adata_query(adata: anndata.AnnData, layer: str | None = None, where: str = "adata") -> Query:
     """Take an AnnData in memory, or one that is backed by a file; as `open_query`.
+
+    Args:
+        adata: The cells.
+        layer: Layer with the counts, or `raw`; none looks for them.
+        where: What messages call it.
 
     Raises:
         ValueError: If it has no cells, or lacks the layer.
     """
     if not adata.n_obs or not adata.n_vars:
-        raise ValueError(f"adata has {adata.n_obs} cells and {adata.n_vars} genes; give some")
+        raise ValueError(f"{where} has {adata.n_obs} cells and {adata.n_vars} genes; give some")
     scales: dict[str, Scale] = {}
     chosen = None
     for name in _PLACES if layer is None else (layer,):
@@ -205,9 +210,9 @@ def adata_query(adata: anndata.AnnData, layer: str | None = None) -> Query:
     if chosen is None:
         also = " (and raw)" if adata.raw is not None else ""
         raise ValueError(
-            f"adata has no layer {layer!r}; it has {sorted(adata.layers) or 'none'}{also}"
+            f"{where} has no layer {layer!r}; it has {sorted(adata.layers) or 'none'}{also}"
             if layer is not None
-            else "adata has no X; name the layer that holds the counts (layer=…)"
+            else f"{where} has no X; name the layer that holds the counts (layer=…)"
         )
     place, matrix, genes = chosen
     cells = RawCells(
@@ -219,8 +224,8 @@ def adata_query(adata: anndata.AnnData, layer: str | None = None) -> Query:
         place=place,
     )
     source = Source(
-        path="adata",
-        name="adata",
+        path=where,
+        name=where,
         format=IN_MEMORY,
         options=ReadOptions(layer=layer),
         sha256="",
@@ -228,7 +233,7 @@ def adata_query(adata: anndata.AnnData, layer: str | None = None) -> Query:
         genes=genes,
     )
     return Query(
-        where="adata",
+        where=where,
         kind=IN_MEMORY,
         num_cells=adata.n_obs,
         genes=genes,

@@ -26,6 +26,7 @@ from finetune.methods import METHODS, Answer, Task, need
 from finetune.metrics import score
 from finetune.novelty import novelty_scores
 from finetune.protocols import PROTOCOLS, Trial, leave_group_out, marker_deletion
+from finetune.query import adata_query
 from finetune.registry import resolve_model
 from finetune.sides import Labelled
 from pretrain.export import Export, read_export
@@ -85,22 +86,21 @@ def benchmark(
 
 def _cells(adata: anndata.AnnData, query: anndata.AnnData | None, config: BenchmarkConfig) -> Cells:
     """Bring all cells to the genes that all files have, in the order of the first."""
-    table = adata.raw if config.layer == "raw" and "raw" not in adata.layers else adata
-    genes = list(dict.fromkeys(map(str, table.var_names)))
-    if query is not None:
-        other = query.raw if config.layer == "raw" and "raw" not in query.layers else query
-        shared = set(map(str, other.var_names))
+    own = adata_query(adata, config.layer, config.data)
+    other = None if query is None else adata_query(query, config.layer, str(config.query))
+    genes = list(dict.fromkeys(own.genes))
+    if other is not None:
+        shared = set(other.genes)
         genes = [name for name in genes if name in shared]
         if not genes:
             raise ValueError(f"{config.data} and {config.query} have no gene name in common")
     panel = GenePanel(tuple(genes))
-
-    def side(cells: anndata.AnnData, where: str) -> Labelled:
-        counts = panel_counts(cells, panel, where, config.layer, 0.0)
-        return Labelled(counts, labels_of(cells, config.label_key, where))
-
-    other_side = None if query is None else side(query, str(config.query))
-    return Cells(side(adata, config.data), other_side, panel.names)
+    labels = labels_of(adata, config.label_key, config.data)
+    side = Labelled(panel_counts(own, panel), labels)
+    if query is None or other is None:
+        return Cells(side, None, panel.names)
+    labels = labels_of(query, config.label_key, str(config.query))
+    return Cells(side, Labelled(panel_counts(other, panel), labels), panel.names)
 
 
 def _markers(config: BenchmarkConfig, cells: Cells) -> dict[str, tuple[str, ...]] | None:

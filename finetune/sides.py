@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from datastore.config import BinningConfig
+from datastore.gene_tables import GeneTables
 from datastore.genes import GenePanel, read_panel
+from datastore.harmonize import translate
 from finetune.cells import labels_of, panel_counts, read_adata
+from finetune.check import gene_tables
 from finetune.config import FinetuneConfig, FreshConfig, LabelledConfig
 from finetune.dataset import stratified_folds, stratified_split
 from finetune.expression import counts_per_10k, variable_genes
+from finetune.query import Query, adata_query
 from finetune.registry import resolve_model
 from pretrain.encoder import ExpressionEncoder, build_encoder
 from pretrain.export import read_export
@@ -92,13 +96,18 @@ def sides_of(
     test_rows = rows[:0]
     if test is None:
         rows, test_rows = split_rows(labels, data, config.seed)
-    start = _start(adata, rows, config)
-    whole = Labelled(_counts(adata, start.panel, data, data.path), labels)
+    tables = gene_tables(data.panel)
+    query = adata_query(adata, data.layer, data.path)
+    start = _start(query, rows, config, tables)
+    counts = panel_counts(query, start.panel, data.min_share_found, tables)
+    whole = Labelled(counts, labels)
     if test is None:
         return Sides(whole.take(rows), whole.take(test_rows), start)
     where = data.test_path or "the test cells"
     held_out = labels_of(test, data.label_key, where)
-    return Sides(whole, Labelled(_counts(test, start.panel, data, where), held_out), start)
+    query = adata_query(test, data.layer, where)
+    counts = panel_counts(query, start.panel, data.min_share_found, tables)
+    return Sides(whole, Labelled(counts, held_out), start)
 
 
 def split_rows(
@@ -130,22 +139,18 @@ def file_digest(path: str | Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _start(adata: anndata.AnnData, rows: NDArray[np.int64], config: FinetuneConfig) -> Start:
+def _start(
+    query: Query, rows: NDArray[np.int64], config: FinetuneConfig, tables: GeneTables
+) -> Start:
     if config.encoder != "none":
         pretrained = resolve_model(config.encoder, uri=config.tracking.uri)
         export = read_export(pretrained.path, "encoder")
         return Start(export.encoder(), export.panel, pretrained.uri or str(pretrained.path))
     if config.fresh.panel is not None:
         return fresh_start(read_panel(Path(config.fresh.panel)), config.fresh, config.seed)
-    table = adata.raw if config.data.layer == "raw" and "raw" not in adata.layers else adata
-    everything = GenePanel(tuple(dict.fromkeys(map(str, table.var_names))))
-    counts = _counts(adata, everything, config.data, config.data.path)[rows]
-    genes = variable_genes(counts_per_10k(counts), config.fresh.num_genes)
-    names = tuple(everything.names[place] for place in genes)
+    genes = translate(query.genes, query.where, tables).genes
+    everything = GenePanel(tuple(dict.fromkeys(gene for gene in genes if gene)))
+    counts = panel_counts(query, everything, tables=tables)[rows]
+    chosen = variable_genes(counts_per_10k(counts), config.fresh.num_genes)
+    names = tuple(everything.names[place] for place in chosen)
     return fresh_start(GenePanel(names), config.fresh, config.seed)
-
-
-def _counts(
-    adata: anndata.AnnData, panel: GenePanel, data: LabelledConfig, where: str
-) -> sparse.csr_matrix:
-    return panel_counts(adata, panel, where, data.layer, data.min_share_found)

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from finetune.cells import panel_counts
 from finetune.classifier import load_classifier, predict
 from finetune.config import FinetuneConfig, FreshConfig, HeadConfig, LabelledConfig
+from finetune.query import adata_query
 from finetune.train import FinetuneResult, finetune, fit, read_history
 from pretrain.config import EncoderConfig, TrackingConfig
 from pretrain.export import read_export
@@ -133,7 +134,7 @@ def test_cells_in_memory_and_a_fresh_encoder(folder: Path) -> None:
     assert export.metadata["provenance"]["pretrained"] == "none"
     assert export.metadata["evaluation"]["num_cells"] == 45
     model, _ = load_classifier(done.export)
-    counts = panel_counts(anndata.read_h5ad(folder / "test.h5ad"), export.panel, "test", None, 0.3)
+    counts = panel_counts(adata_query(anndata.read_h5ad(folder / "test.h5ad")), export.panel)
     again = predict(model, counts, 7)
     np.testing.assert_allclose(again.probabilities, done.predictions.probabilities, atol=2e-6)
     assert again.novelty is not None
