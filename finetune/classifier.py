@@ -212,13 +212,19 @@ def _blank(export: Export, labels: tuple[str, ...]) -> CellClassifier:
         expression = ExpressionLogits(shape["num_genes"], len(labels), shape["scales"])
     settings = export.metadata.get("novelty", {})
     if "shape" in settings:
+        if len(settings["shape"]) != 4:
+            raise ValueError(
+                f"{export.path} has novelty thresholds of an older kind; fine-tune it again"
+            )
+        num_views, num_genes, width, num_classes = settings["shape"]
         novelty = NoveltyDetector(
-            settings["shape"][0],
-            settings["shape"][1],
-            len(labels),
-            settings["score"],
-            settings["rule"],
-            settings["threshold"],
+            num_views,
+            num_genes,
+            width,
+            num_classes,
+            score=settings["score"],
+            rule=settings["rule"],
+            probability=settings["threshold"],
         )
     head = HeadConfig(**export.metadata["head"])
     return CellClassifier(export.encoder(), labels, head, expression, novelty)

@@ -21,11 +21,11 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.multiclass import OneVsRestClassifier
 
 from datastore.genes import GenePanel, align_counts
-from finetune.classifier import predict
+from finetune.classifier import dense_rates, predict
 from finetune.config import FinetuneConfig
 from finetune.expert_pool import fit_pool
 from finetune.expression import counts_per_10k, scaled, variable_genes
-from finetune.novelty import novelty_of
+from finetune.novelty import fit_detector, novelty_of
 from finetune.sides import Labelled, Start, fresh_start
 from finetune.train import train_classifier
 from pretrain.export import Export, read_export
@@ -146,8 +146,18 @@ def network_alone(task: Task) -> Answer:
 
 def experts_alone(task: Task) -> Answer:
     """The pool of experts without a network: what the network has to improve on."""
-    pool = fit_pool(task.train.counts, task.train.labels, task.seed)
-    return Answer(np.array(pool.classes)[pool.predict(task.test).argmax(axis=1)])
+    train = task.train
+    pool = fit_pool(train.counts, train.labels, task.seed)
+    codes = np.searchsorted(pool.classes, train.labels)
+    detector = fit_detector(train.counts, codes, pool.genes, pool.folds, pool.logits)
+    logits = pool.predict(task.test)
+    parts = [
+        detector(torch.from_numpy(logits[rows]), dense_rates(task.test[rows], torch.device("cpu")))
+        for rows in np.array_split(np.arange(len(logits)), -(-len(logits) // 1_000))
+    ]
+    strangeness, given = torch.cat(parts).numpy(), logits.argmax(axis=1)
+    is_novel = strangeness > detector.thresholds.numpy()[given]
+    return Answer(np.array(pool.classes)[given], strangeness, is_novel)
 
 
 def celltypist(task: Task) -> Answer:
