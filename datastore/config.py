@@ -1,8 +1,9 @@
 """Knobs of the cell store: how expression becomes tokens, how a store is built, how it is read."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from datastore.worker_config import ArrayConfig, SlurmConfig
 
 Codec = Literal["fast", "archive"]
 
@@ -69,32 +70,6 @@ class PanelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmConfig:
-    """Slurm jobs that ingest as Dask workers (needs the extra `slurm`: dask-jobqueue)."""
-
-    jobs: int = 0
-    """How many jobs to start; 0 ingests without Slurm."""
-    cores: int = 4
-    """Cores of a job; each has a worker process, and ingests a slice or a partition at a time."""
-    memory: str = "8GB"
-    """Memory of a job; allow 1.2 GB for each core at 1,500 expressed genes per cell."""
-    walltime: str = "04:00:00"
-    """Time limit of a job, as Slurm writes it; work that a job did not finish is done again."""
-    queue: str | None = None
-    """Partition of the cluster; none takes Slurm's default."""
-    account: str | None = None
-    """Account to charge; none takes Slurm's default."""
-
-    def __post_init__(self) -> None:
-        if self.jobs < 0:
-            raise ValueError(f"slurm.jobs is {self.jobs}; give 0 (no Slurm) or more")
-        if self.cores < 1:
-            raise ValueError(f"slurm.cores is {self.cores}; give 1 or more")
-        if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", self.memory):
-            raise ValueError(f"slurm.memory is {self.memory!r}; give it like 8GB")
-
-
-@dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """How a cell store is built from raw files, or grows by more of them."""
 
@@ -147,6 +122,7 @@ class StoreConfig:
     """Address of a running Dask cluster (`tcp://host:8786`), best of workers with one thread each;
     none ingests with local workers."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    array: ArrayConfig = field(default_factory=ArrayConfig)
     overwrite: bool = False
     """Replace a store that stands at `output` already, once the new one is whole."""
     append: bool = False
@@ -175,6 +151,8 @@ class StoreConfig:
             raise ValueError("cells_per_* must all be 1 or more")
         if self.scheduler is not None and self.slurm.jobs:
             raise ValueError("scheduler and slurm.jobs exclude each other; give one of them")
+        if self.array.tasks and (self.scheduler is not None or self.slurm.jobs):
+            raise ValueError("tasks of an array work together; leave scheduler and slurm.jobs out")
         if self.append and self.overwrite:
             raise ValueError("append and overwrite exclude each other; give one of them")
         if self.append and (self.panel.size is not None or self.panel.min_source_share):

@@ -24,6 +24,7 @@ _HOW_FAST_AND_WHERE = (
     "processes",
     "scheduler",
     "slurm",
+    "array",
     "overwrite",
     "append",
     "skip_broken",

@@ -51,7 +51,7 @@ def locked(output: Path, suffix: str) -> Iterator[Path]:
     with (work / "lock").open("w") as file:
         # Both kinds of ingest take their own lock and then look at the other's, so that of two that
         # start at once one or both stop, and never none.
-        if not _locks(file.fileno(), work):
+        if not locks(file.fileno(), work):
             raise StoreFormatError(_SECOND.format(work))
         if _is_locked(other):
             if _plan_text(work) is None:
@@ -187,7 +187,8 @@ def _plan_text(work: Path) -> str | None:
         return None
 
 
-def _locks(descriptor: int, work: Path) -> bool:
+def locks(descriptor: int, work: Path) -> bool:
+    """Lock an open `lock` of a folder unless somebody else has; tell whether it is ours now."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another ingest may have removed the folder between our opening of the file and its lock.

@@ -1,8 +1,8 @@
 """Where an ingest's tasks run: local threads or processes, a running Dask cluster, or Slurm jobs.
 
-The only door to Dask. All give the same function, and the store does not depend on which. Threads
-start at once, but most of a task holds the interpreter's lock: two hardly do more than one. So long
-ingests run in processes (`datastore.processes`).
+The door to Dask, with `array_workers`. All give the same function, and the store does not depend on
+which. Threads start at once, but most of a task holds the interpreter's lock: two hardly do more
+than one. So long ingests run in processes (`datastore.processes`).
 """
 
 import logging
@@ -18,8 +18,8 @@ from dask.multiprocessing import get as get_on_processes
 from dask.threaded import get as get_on_threads
 from tqdm import tqdm
 
-from datastore.config import SlurmConfig
 from datastore.processes import Outcome, ProcessPool, attempt, attempt_in_worker
+from datastore.worker_config import SlurmConfig
 
 log = logging.getLogger(__name__)
 

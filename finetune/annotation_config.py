@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datastore.config import SlurmConfig
+from datastore.worker_config import SlurmConfig
 
 
 @dataclass(frozen=True, kw_only=True)

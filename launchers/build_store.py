@@ -27,9 +27,14 @@ def _main(argv: list[str] | None) -> None:
         example="python launchers/build_store.py --sources '[data/*.h5ad]' --output cells.zarr",
     )
     from datastore.append import append_store
+    from datastore.array_ingest import ingest_in_array
     from datastore.ingest import build_store
 
-    store = append_store(config) if config.append else build_store(config)
+    ingest = append_store if config.append else build_store
+    store = ingest_in_array(config, ingest) if config.array.tasks else ingest(config)
+    if store is None:
+        cli.echo(f"task {config.array.task} has worked for another; {config.output} is whole")
+        return
     cli.echo(
         f"{'source':32} {'cells':>9} {'kept':>9} {'empty':>7} {'poor':>7} {'repeated':>8} "
         f"{'panel genes found':>18}"

@@ -17,10 +17,10 @@ LAYERS = ("launchers", "finetune", "pretrain", "datastore")
 
 # Each heavy dependency and the only files that may import it.
 DOORS = {
-    "dask": {"datastore/workers.py"},
+    "dask": {"datastore/workers.py", "datastore/array_workers.py"},
     "dask_jobqueue": {"datastore/workers.py"},
     "deepspeed": {"pretrain/engine.py", "pretrain/full_state.py"},
-    "distributed": {"datastore/workers.py"},
+    "distributed": {"datastore/workers.py", "datastore/array_workers.py"},
     "gensim": {"datastore/gene2vec.py"},
     "jsonargparse": {"launchers/cli.py"},
     "mlflow": {

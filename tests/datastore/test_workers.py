@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from datastore import workers as workers_module
-from datastore.config import SlurmConfig, StoreConfig
+from datastore.config import StoreConfig
+from datastore.worker_config import SlurmConfig
 from datastore.workers import slurm_cluster, workers
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,15 +1,26 @@
-"""`build_store.py --slurm.jobs` under a real Slurm: jobs of its own do the work, and then go."""
+"""Ingest under a real Slurm: by jobs of its own (`--slurm.jobs`), and by the tasks of an array."""
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from datastore.ingest import build_store
-from tests.support.cells import file_bytes, store_config, three_sources, write_sources
+from tests.support.cells import (
+    file_bytes,
+    gene_names,
+    random_cells,
+    store_config,
+    three_sources,
+    write_sources,
+)
 from tests.support.cluster import ROOT
 from tests.support.slurm import Slurm, missing, start_slurm
 
@@ -70,3 +81,78 @@ def test_a_refusal_ends_the_jobs(slurm: Slurm, tmp_path: Path, sources: list[str
     assert "cut.h5ad" in done.stderr
     assert not list(tmp_path.glob("s.zarr*"))
     assert not {"RUNNING", "PENDING"} & set(states(slurm).values())
+
+
+def leader(folder: Path, former: set[str], seconds: float = 120) -> int:
+    """Wait until another task leads and work has begun; return its number."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            facts = json.loads((folder / "s.zarr.array" / "leader.json").read_text())
+            begun = any((folder / "s.zarr.building" / "spool").iterdir())
+            if begun and facts["address"] not in former:
+                former.add(facts["address"])
+                return int(facts["task"])
+        assert time.monotonic() < deadline, "no task leads"
+        time.sleep(0.05)
+
+
+def kill_task(number: int) -> None:
+    """Kill the process of an array's task, as a node without memory does."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if (
+                b"--array.task" in words
+                and words[words.index(b"--array.task") + 1] == b"%d" % number
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_an_array_builds_the_same_store_though_leaders_are_lost(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    genes = gene_names(400)
+    cells = [random_cells(f"s{number}", number, 1200, genes) for number in range(6)]
+    sizes = {"cells_per_slice": 50, "cells_per_partition": 200}
+    raw = write_sources(tmp_path / "raw", cells)
+    expected = build_store(store_config(raw, tmp_path / "here.zarr", **sizes))
+    sizes |= {"min_genes": 1, "cells_per_shard": 16, "cells_per_chunk": 4}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    job = slurm.call(
+        *("sbatch", "--parsable", "--array=1-6", f"--export=ALL,PATH={path}"),
+        *(str(ROOT / "launchers" / "slurm" / "ingest_array.sbatch"), "--sources", "raw"),
+        *("--output", "s.zarr", *(f"--{name}={value}" for name, value in sizes.items())),
+        cwd=tmp_path,
+    ).strip()
+    former: set[str] = set()
+    slurm.call("scontrol", "requeue", f"{job}_{leader(tmp_path, former)}")  # as preemption does
+    kill_task(leader(tmp_path, former))
+    deadline = time.monotonic() + 300
+    while slurm.call("squeue", "--noheader").strip():
+        assert time.monotonic() < deadline, slurm.call("squeue")
+        time.sleep(0.5)
+    said = {file.name: file.read_text() for file in tmp_path.glob("scbert-ingest-*.log")}
+    assert len(said) == 6
+    assert sum("store id" in text for text in said.values()) == 1, said
+    assert all("store id" in t or "has worked for another" in t for t in said.values()), said
+    assert any("requeued after exit code 137" in text for text in said.values()), said
+    assert file_bytes(tmp_path / "s.zarr") == file_bytes(expected.path)
+    assert not list(tmp_path.glob("s.zarr.*"))
+
+
+def test_an_array_larger_than_the_sources_is_refused(slurm: Slurm, tmp_path: Path) -> None:
+    write_sources(tmp_path / "raw", three_sources()[:1])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    job = slurm.call(
+        *("sbatch", "--parsable", "--array=1-2", f"--export=ALL,PATH={path}"),
+        *(str(ROOT / "launchers" / "slurm" / "ingest_array.sbatch"), "--sources", "raw"),
+        *("--output", "s.zarr"),
+        cwd=tmp_path,
+    ).strip()
+    slurm.wait(f"{job}_1", {"FAILED"}, 60)
+    slurm.wait(f"{job}_2", {"FAILED"}, 60)
+    for log in tmp_path.glob("scbert-ingest-*.log"):
+        assert "there is 1 source; submit with --array=1-1" in log.read_text()
+        assert "not requeued" in log.read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["raw"]
