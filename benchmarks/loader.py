@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --quick                      # a minute or two, small data
     python benchmarks/loader.py --workdir DIR --python312 PY  # the full one, keeps data in DIR
+    python benchmarks/loader.py --workdir DIR --python312 PY --prepare  # its data only, no timing
 
 Each case runs in a process of its own; all cases take turns, round after round (`turns`). Peers are
 installed with pip into environments inside the working folder; one that cannot be installed is
@@ -115,8 +116,9 @@ def main() -> None:
         folder = Path(options.workdir or scratch).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
-        result = measure(folder, options, say)
-    publish(result, COLUMNS, options)
+        ready = prepare_all(folder, options, say)
+        if not options.prepare:
+            publish(measure(ready, options, say), COLUMNS, options)
 
 
 def parse() -> argparse.Namespace:
@@ -125,6 +127,7 @@ def parse() -> argparse.Namespace:
         "under ten minutes on two quiet cores, --quick one or two."
     )
     parser.add_argument("--quick", action="store_true", help="40,000 cells, two rounds, two peers")
+    parser.add_argument("--prepare", action="store_true", help="data and environments, no timing")
     add_output_flags(parser)
     parser.add_argument("--peers", default=None, help="comma-separated; default all, quick: two")
     parser.add_argument("--cells", type=int, help="default 200,000, quick: 40,000")
@@ -140,16 +143,29 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def measure(
-    folder: Path, options: argparse.Namespace, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Prepare data and environments, run all cases in turns, and put the numbers together."""
+@dataclass(frozen=True)
+class Ready:
+    """What a run needs."""
+
+    data: Path
+    corpus: Corpus
+    store: CellStore
+    pythons: dict[str, Environment]
+    built: dict[str, Numbers]
+    """What the stores of peers took to make, if this run made them."""
+
+    @property
+    def missing(self) -> dict[str, str]:
+        return {name: at.problem for name, at in self.pythons.items() if at.python is None}
+
+
+def prepare_all(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) -> Ready:
+    """Make data, environments and the stores of peers, as far as they are not there."""
     corpus = Corpus(num_cells=options.cells, seed=options.seed)
     data = folder / f"cells_{options.cells}_{options.seed}"
     say(f"{corpus.num_cells:,} cells × {corpus.num_genes:,} genes in {data}")
     store = prepare(data, corpus)
     pythons = {name: install(folder, name, options, say) for name in PEERS}
-    missing = {name: found.problem for name, found in pythons.items() if found.python is None}
     built = {
         name: run(pythons[name].python, f"with_{name}", "build", data, options.cells)
         for name, target in {
@@ -159,24 +175,32 @@ def measure(
         }.items()
         if pythons[name].python is not None and not (data / target).exists()
     }
+    return Ready(data, corpus, store, pythons, built)
+
+
+def measure(
+    ready: Ready, options: argparse.Namespace, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run all cases in turns and put the numbers together."""
+    data, missing = ready.data, ready.missing
     cases = [case for case in CASES if case.peer is None or case.peer not in missing]
     rounds: dict[str, list[Numbers]] = defaultdict(list)
     for number in range(options.rounds):
         for case in cases:
-            python = pythons[case.peer].python if case.peer else None
+            python = ready.pythons[case.peer].python if case.peer else None
             rounds[case.name].append(turn(data, python, case, options.cells))
         say(f"round {number + 1} of {options.rounds}: csr {rounds['csr'][-1]['per_second']:,.0f}/s")
     ratios = compare(rounds)
     ratios["disk_vs_annbatch"] = (
         None if "annbatch" in missing else size(data / "ours.zarr") / size(data / "annbatch.zarr")
     )
-    ratios["mixing_variance"] = mixing_variance(store)
+    ratios["mixing_variance"] = mixing_variance(ready.store)
     figures = {
         "cells": options.cells,
         "rounds": options.rounds,
-        "bytes_per_cell": bytes_per_cell(data, corpus),
+        "bytes_per_cell": bytes_per_cell(data, ready.corpus),
         "not_measured": missing,
-        "built": built,
+        "built": ready.built,
         **{name: medians(results) for name, results in rounds.items()},
     }
     return result_of("loader", ratios, BARS, figures)

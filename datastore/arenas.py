@@ -1,7 +1,8 @@
 """Memory that cells are read into, and the cells that are cut from it.
 
 An arena holds two flat arrays, genes and counts, filled stretch by stretch and used for one read
-after another. A cell is a range of both.
+after another. A cell is a range of both; where they are of one type they are rows of one array, so
+that a cell is cut from both at once.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class CellBlock:
 
     def take(self, rows: NDArray[np.int64], pool: BufferPool | None = None) -> "CellBlock":
         """Return some of the rows, in the order given."""
-        return cut_rows(self.positions, self.indptr[:-1], self.indptr[1:], self, rows, pool)
+        arrays = [self.genes, self.counts]
+        return cut_rows(self.positions, self.indptr[:-1], self.indptr[1:], arrays, rows, pool)
 
 
 @dataclass(frozen=True)
@@ -74,35 +76,53 @@ class ReadPlan:
 
 @dataclass(frozen=True)
 class ArenaCells:
-    """Cells that stand in an arena until it is filled again."""
+    """Cells that stand in an arena until it is filled again.
+
+    Attributes:
+        plan: What was read.
+        arrays: Genes and counts, each flat; or one array of both, (2, values).
+    """
 
     plan: ReadPlan
-    genes: NDArray[Any]
-    counts: NDArray[Any]
+    arrays: Sequence[NDArray[Any]]
+
+    @property
+    def genes(self) -> NDArray[Any]:
+        """Panel position of each value."""
+        return _rows_of(self.arrays)[0]
+
+    @property
+    def counts(self) -> NDArray[Any]:
+        """The values."""
+        return _rows_of(self.arrays)[1]
 
     def take(self, rows: NDArray[np.int64], pool: BufferPool | None = None) -> CellBlock:
         """Copy some of the cells, numbered as in the plan, in the order given."""
         plan = self.plan
-        return cut_rows(plan.positions, plan.starts, plan.stops, self, rows, pool)
-
-    def array(self, name: str) -> NDArray[Any]:
-        """One of the arena's arrays."""
-        return self.genes if name == GENES else self.counts
+        return cut_rows(plan.positions, plan.starts, plan.stops, self.arrays, rows, pool)
 
 
 class Arena:
     """Memory for one read after another; it grows to the largest."""
 
     def __init__(self) -> None:
-        self._room = {GENES: np.empty(0, np.uint8), COUNTS: np.empty(0, np.uint8)}
+        self._room = np.empty(0, np.uint8)
 
-    def array(self, name: str, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Give the room for one of the arrays; the former content is void."""
-        num_bytes = length * dtype.itemsize
-        if num_bytes > len(self._room[name]):
-            self._room[name] = np.empty(0, np.uint8)  # let go before taking more
-            self._room[name] = np.empty(num_bytes + num_bytes // 8, np.uint8)
-        return self._room[name][:num_bytes].view(dtype)
+    def arrays(
+        self, length: int, genes: np.dtype[Any], counts: np.dtype[Any]
+    ) -> list[NDArray[Any]]:
+        """Give room for so many values, as `ArenaCells` has them; the former content is void."""
+        num_bytes = length * (genes.itemsize + counts.itemsize)
+        if num_bytes > len(self._room):
+            self._room = np.empty(0, np.uint8)  # let go before taking more
+            self._room = np.empty(num_bytes + num_bytes // 8, np.uint8)
+        if genes == counts:
+            return [self._room[:num_bytes].view(genes).reshape(2, length)]
+        kinds = sorted((genes, counts), key=lambda kind: -kind.itemsize)  # the wider is aligned
+        split = length * kinds[0].itemsize
+        first, second = self._room[:split], self._room[split:num_bytes]
+        of_kind = {kinds[0]: first.view(kinds[0]), kinds[1]: second.view(kinds[1])}
+        return [of_kind[genes], of_kind[counts]]
 
 
 def tails_that_go_on(
@@ -126,7 +146,7 @@ def cut_rows(
     positions: NDArray[np.int64],
     starts: NDArray[np.int64],
     stops: NDArray[np.int64],
-    values: CellBlock | ArenaCells,
+    arrays: Sequence[NDArray[Any]],
     rows: NDArray[np.int64],
     pool: BufferPool | None,
 ) -> CellBlock:
@@ -136,7 +156,7 @@ def cut_rows(
         positions: Position of each cell in the store, (N,).
         starts: First value of each row, (N,).
         stops: Behind the last value of each row, (N,).
-        values: The arrays.
+        arrays: Genes and counts, each flat; or one array of both, (2, values).
         rows: Which rows, in which order, (B,).
         pool: Where the memory comes from; none takes fresh memory.
     """
@@ -147,23 +167,25 @@ def cut_rows(
         new = np.flatnonzero(begin[1:] != end[:-1]) + 1
         begin = begin[np.concatenate([[0], new])]
         end = end[np.concatenate([new - 1, [-1]])]
-    pieces = list(zip(begin.tolist(), end.tolist(), strict=True))
-    return CellBlock(
-        positions[rows],
-        indptr,
-        _copied(values.genes, pieces, int(indptr[-1]), pool),
-        _copied(values.counts, pieces, int(indptr[-1]), pool),
-    )
+    pieces = [slice(start, stop) for start, stop in zip(begin.tolist(), end.tolist(), strict=True)]
+    copied = [_copied(array, pieces, int(indptr[-1]), pool) for array in arrays]
+    return CellBlock(positions[rows], indptr, *_rows_of(copied))
 
 
 def _copied(
-    values: NDArray[Any], pieces: list[tuple[int, int]], length: int, pool: BufferPool | None
+    values: NDArray[Any], pieces: list[slice], length: int, pool: BufferPool | None
 ) -> NDArray[Any]:
-    out = np.empty(length, values.dtype) if pool is None else pool.take(length, values.dtype)
+    shape = (*values.shape[:-1], length)
+    out = np.empty(shape, values.dtype) if pool is None else pool.take(shape, values.dtype)
     if pieces:
         # Slices and concatenate: several times faster than an array of indices.
-        np.concatenate([values[start:stop] for start, stop in pieces], out=out)
+        np.concatenate([values[..., piece] for piece in pieces], axis=-1, out=out)
     return out
+
+
+def _rows_of(arrays: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """Genes and counts of arrays that hold them each or both."""
+    return arrays if len(arrays) == 2 else [*arrays[0]]
 
 
 def joined(blocks: list[CellBlock]) -> CellBlock:

@@ -161,6 +161,51 @@ def to_dense(
     return dense
 
 
+def spread(
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    genes: NDArray[np.generic],
+    values: NDArray[Any],
+    num_genes: int,
+    dtype: np.dtype[Any],
+    pool: BufferPool | None = None,
+) -> NDArray[Any]:
+    """Spread ranges of flat arrays over the panel; (B, G), zero where nothing is stored.
+
+    For wide types: where the time goes into writing so much memory, this takes two thirds of what
+    cutting the rows and `to_dense` take. Bytes are spread quicker by `to_dense`.
+
+    Args:
+        starts: First value of each cell, (B,).
+        stops: Behind the last value of each cell, (B,).
+        genes: Panel position of each value; no gene twice in a cell.
+        values: The values.
+        num_genes: Length of the panel, G.
+        dtype: Type of the result.
+        pool: Where the memory comes from; none takes fresh memory.
+
+    Raises:
+        ValueError: If a gene lies outside the panel.
+    """
+    pool = pool or BufferPool()
+    dense = pool.take((len(starts), num_genes), dtype)
+    longest = int((stops - starts).max(initial=0))
+    columns, content = pool.take(longest, np.intp), pool.take(longest, dtype)
+    cleared = dense.view(np.uint8)  # as bytes: NumPy clears those twice as fast
+    try:
+        # Row by row: what is filled stands in a core's cache still, and goes to memory once.
+        for row, start, stop in zip(
+            range(len(dense)), starts.tolist(), stops.tolist(), strict=True
+        ):
+            cleared[row].fill(0)
+            at, what = columns[: stop - start], content[: stop - start]
+            at[:], what[:] = genes[start:stop], values[start:stop]
+            dense[row][at] = what
+    except IndexError as error:
+        raise ValueError(f"a gene lies outside the panel of {num_genes} genes ({error})") from error
+    return dense
+
+
 def _smallest_count(library: NDArray[Any], edge: int, config: BinningConfig) -> NDArray[np.uint64]:
     """Smallest count, 1 or more, that reaches an edge in each cell; as `bin_counts` compares."""
     least = (2.0**edge - 1.0) * library.astype(np.float64)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datastore.arenas import Arena, ArenaCells, CellBlock, ReadPlan
-from datastore.binning import bin_cells, expression_values, to_dense, tokenize
+from datastore.binning import bin_cells, expression_values, spread, to_dense, tokenize
 from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
 from datastore.reader import CellReader, PendingCells
@@ -115,25 +115,32 @@ class CellLoader:
 
     def cells(self, epoch: int, first_step: int = 0) -> Iterator[list[CellBlock]]:
         """Yield each step's micro-batches as stored: counts in CSR form."""
-        return self._batches(epoch, first_step, lambda cells: cells)
+        return self._batches(epoch, first_step, self._cut)
 
     def dense(self, epoch: int, first_step: int = 0) -> Iterator[list[NDArray[np.float32]]]:
         """Yield each step's micro-batches as dense counts, float32 (B, G)."""
         return self._batches(epoch, first_step, self._dense)
 
-    def _tokens(self, cells: CellBlock) -> TokenBatch:
-        return to_tokens(cells, self._num_genes, self._binning, self._pool, self._with_values)
+    def _cut(self, cells: ArenaCells, rows: NDArray[np.int64]) -> CellBlock:
+        return cells.take(rows, self._pool)
 
-    def _bins(self, cells: CellBlock) -> PackedBatch:
-        return to_bins(cells, self._binning, self._pool, self._with_values)
+    def _tokens(self, cells: ArenaCells, rows: NDArray[np.int64]) -> TokenBatch:
+        cut = self._cut(cells, rows)
+        return to_tokens(cut, self._num_genes, self._binning, self._pool, self._with_values)
 
-    def _dense(self, cells: CellBlock) -> NDArray[np.float32]:
-        counts = self._pool.take(len(cells.counts), np.float32)
-        counts[:] = cells.counts
-        return to_dense(cells.indptr, cells.genes, counts, self._num_genes, self._pool)
+    def _bins(self, cells: ArenaCells, rows: NDArray[np.int64]) -> PackedBatch:
+        return to_bins(self._cut(cells, rows), self._binning, self._pool, self._with_values)
+
+    def _dense(self, cells: ArenaCells, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        of = cells.plan  # straight from the arena: cutting the rows first would be one more pass
+        starts, stops, kind = of.starts[rows], of.stops[rows], np.dtype(np.float32)
+        return spread(starts, stops, cells.genes, cells.counts, self._num_genes, kind, self._pool)
 
     def _batches(
-        self, epoch: int, first_step: int, form: Callable[[CellBlock], Batch]
+        self,
+        epoch: int,
+        first_step: int,
+        form: Callable[[ArenaCells, NDArray[np.int64]], Batch],
     ) -> Iterator[list[Batch]]:
         arenas = (Arena(), Arena())
         fills = self._fills(epoch, first_step)
@@ -150,7 +157,7 @@ class CellLoader:
                 for positions in step:
                     rows = np.arange(row, row + len(positions))
                     row += len(positions)
-                    batches.append(form(cells.take(rows, self._pool)))
+                    batches.append(form(cells, rows))
                 yield batches
                 del batches  # or its memory could not serve the next step
             # The next plan reads row starts, while what `following` needs is still being decoded.

@@ -8,6 +8,7 @@
 `CellReader.read` does all three; a loader does them one ahead of the other.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -157,26 +158,27 @@ class CellReader:
             former: Cells in another arena, whose tails are copied rather than decoded again.
         """
         futures: list[tuple[Any, int, str]] = []
-        rooms = {}
         known = tails_that_go_on(former, plan.stretches)
+        opened = [
+            [self._array(stretch.part, name) for stretch in plan.stretches]
+            for name in (GENES, COUNTS)
+        ]
+        cells = ArenaCells(plan, arena.arrays(plan.num_values, *map(_common_type, opened)))
         with ts.Batch() as batch:
-            for name in (GENES, COUNTS):
-                arrays = [self._array(stretch.part, name) for stretch in plan.stretches]
-                types = {array.dtype.numpy_dtype for array in arrays}
-                dtype = np.result_type(*types) if types else np.dtype(np.uint16)
-                rooms[name] = arena.array(name, plan.num_values, dtype)
-                room = ts.array(rooms[name], copy=False, context=self._context)
+            for name, arrays in zip((GENES, COUNTS), opened, strict=True):
+                values = cells.genes if name == GENES else cells.counts
+                room = ts.array(values, copy=False, context=self._context)
                 for stretch, array, (at, length) in zip(plan.stretches, arrays, known, strict=True):
                     if former is not None and length:
-                        values = former.array(name)[at : at + length]
-                        rooms[name][stretch.place : stretch.place + length] = values
+                        tail = former.genes if name == GENES else former.counts
+                        values[stretch.place : stretch.place + length] = tail[at : at + length]
                     start, stop = stretch.start + length, stretch.stop + stretch.tail
                     if start < stop:
                         first = stretch.place + length
                         target = room[first : first + stop - start]
                         write = target.write(array[start:stop], batch=batch)
                         futures.append((write, stretch.part, name))
-        return PendingCells(self._store, ArenaCells(plan, rooms[GENES], rooms[COUNTS]), futures)
+        return PendingCells(self._store, cells, futures)
 
     def _tail(self, part: int, start: int, stop: int) -> int:
         """Values between a stretch's end and that of its last chunk, if it is of several chunks."""
@@ -216,6 +218,12 @@ class CellReader:
         spec = self._store.array_spec(part, name)
         future = ts.open(spec, open=True, assume_metadata=True, read=True, context=self._context)
         return _wait(self._store, future, part, name)
+
+
+def _common_type(arrays: Sequence[Any]) -> np.dtype[Any]:
+    """Type that holds the values of all arrays."""
+    kinds = {array.dtype.numpy_dtype for array in arrays}
+    return np.result_type(*kinds) if kinds else np.dtype(np.uint16)
 
 
 def _wait(store: CellStore, future: Any, part: int, name: str) -> Any:

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from datastore import binning
-from datastore.binning import bin_cells, bin_counts, library_sizes, to_dense, tokenize
+from datastore.binning import (
+    bin_cells,
+    bin_counts,
+    library_sizes,
+    spread,
+    to_dense,
+    tokenize,
+)
 from datastore.buffers import BufferPool
 from datastore.config import BinningConfig
 from tests.support.cells import random_counts
@@ -152,6 +159,23 @@ def test_rows_are_spread_piece_by_piece(monkeypatch: pytest.MonkeyPatch, cached_
     dense = to_dense(rows.indptr.astype(np.int64), rows.indices, rows.data, 23)
     assert dense.dtype == np.float32
     np.testing.assert_array_equal(dense, counts)
+
+
+def test_ranges_in_any_order_are_spread() -> None:
+    counts = random_counts(8, 37, 23, share=0.3).astype(np.uint16)
+    counts[[0, 5, 36]] = 0
+    flat = sparse.csr_matrix(counts)
+    rows = np.array([36, 4, 5, 4, 0, 20])
+    starts, stops = flat.indptr[rows], flat.indptr[rows + 1]
+    genes = flat.indices.astype(np.uint16)
+    pool = BufferPool()
+    for kind in (np.float32, np.uint32):  # the second finds the first one's numbers in its memory
+        dense = spread(starts, stops, genes, flat.data, 23, np.dtype(kind), pool)
+        assert dense.dtype == kind
+        np.testing.assert_array_equal(dense, counts[rows])
+        del dense
+    with pytest.raises(ValueError, match="lies outside the panel of 22 genes"):
+        spread(flat.indptr[:-1], flat.indptr[1:], genes, flat.data, 22, np.dtype(np.float32))
 
 
 def test_a_gene_outside_the_panel_is_refused() -> None:
