@@ -161,12 +161,17 @@ def experts_alone(task: Task) -> Answer:
 
 
 def celltypist(task: Task) -> Answer:
-    """CellTypist, trained on the learning side."""
+    """CellTypist, trained on the learning side by stochastic gradient descent.
+
+    Its other way of training (1.7.1) passes scikit-learn an argument that is gone from there.
+    """
     peer = need("celltypist", "CellTypist")
     anndata = importlib.import_module("anndata")
     train, test = (counts_per_10k(x).log1p() for x in (task.train.counts, task.test))
     names = list(task.genes)
-    model = peer.train(train, labels=task.train.labels, genes=names, check_expression=False)
+    model = peer.train(
+        train, labels=task.train.labels, genes=names, check_expression=False, use_SGD=True
+    )
     query = anndata.AnnData(test)
     query.var_names = names
     found = peer.annotate(query, model=model).predicted_labels["predicted_labels"]
