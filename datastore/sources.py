@@ -247,10 +247,13 @@ def check_counts(matrix: sparse.csr_matrix, where: str, first_row: int = 0) -> N
 
 def _are_counts(data: NDArray[Any]) -> bool:
     """Tell whether all values are whole and in range, a cache's worth of them at a time."""
-    with np.errstate(invalid="ignore"):
+    whole = np.issubdtype(data.dtype, np.integer)
+    with np.errstate(invalid="ignore"):  # what is not a number fails each comparison
         return all(
-            (data[start : start + 2**16].astype(np.uint32) == data[start : start + 2**16]).all()
-            for start in range(0, len(data), 2**16)
+            float(part.min()) >= 0
+            and float(part.max()) <= LARGEST_COUNT
+            and (whole or bool((np.rint(part) == part).all()))
+            for part in (data[start : start + 2**16] for start in range(0, len(data), 2**16))
         )
 
 
