@@ -148,6 +148,9 @@ def test_sums_of_cells() -> None:
     assert library_sizes(indptr, counts).tolist() == [0, 131_070, 0, 6, 0]
     assert library_sizes(indptr, counts.astype(np.float32)).tolist() == [0, 131_070, 0, 6, 0]
     assert library_sizes(np.array([0]), counts[:0]).tolist() == []
+    for length in (2**16, 2**16 + 2):  # the longest cell that is summed in 32 bits, and a longer
+        highest = np.full(length, 65_535, np.uint16)
+        assert library_sizes(np.array([0, length]), highest).tolist() == [65_535 * length]
 
 
 @pytest.mark.parametrize("cached_bytes", [1, 100, 1000, 2**21])
