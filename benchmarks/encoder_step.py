@@ -26,7 +26,7 @@ import torch
 from runs.encoder import CASES, Trainer, draw, fix_allocator, give_memory_back
 from turns import RUNS, Bar, Ratios, finish, publish, result_of
 
-from pretrain.favor_native import missing
+from pretrain.native import missing
 
 BARS = [
     Bar("full_torch", least=2.6),

@@ -159,7 +159,7 @@ def check_torch() -> Finding:
 
 def check_attention_kernel() -> Finding:
     """Whether this CPU runs the native attention, which is several times faster."""
-    from pretrain.favor_native import missing
+    from pretrain.native import missing
 
     if reason := missing():
         return Finding("attention kernel", "warning", reason, "attention runs in plain PyTorch")

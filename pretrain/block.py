@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import EncoderConfig
-from pretrain.favor import FavorAttention, Performer, favor_attention
+from pretrain.favor import FavorAttention, Performer, PreLayerNorm, favor_attention
+from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.fused import split_fused
 from pretrain.published_attention import published_attention
 
@@ -43,8 +44,23 @@ class EncoderBlock(nn.ModuleList):
         attention, feed_forward = self
         attended = attention(x, offsets=offsets, read=read, read_offsets=read_offsets)
         x = (x if read is None else x.index_select(0, read)) + attended
-        states: Tensor = x + feed_forward(x)
+        del attended  # 7 MB per cell at full length, not needed any more
+        states: Tensor = feed_forward(x)
         return states
+
+
+class FusedFeedForward(PreLayerNorm):  # type: ignore[misc]
+    """LayerNorm and feed-forward of performer-pytorch, with the residual around them."""
+
+    kernel: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to each row what the feed-forward makes of it, (n, D)."""
+        inner, outer = self.fn.fn.w1, self.fn.fn.w2
+        if usable(x, self.kernel, inner.weight):
+            return native_feed_forward(x, self.norm, inner, outer)
+        added: Tensor = x + super().forward(x)
+        return added
 
 
 class FusedAttention(nn.Module):
@@ -117,6 +133,8 @@ def build_blocks(config: EncoderConfig) -> Performer:
         attention.__class__ = FusedAttention
         attention.kernel = config.kernel
         attention.published = config.attention == "published"
+        block[1].__class__ = FusedFeedForward
+        block[1].kernel = config.kernel
         block.__class__ = EncoderBlock
     return performer
 

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from performer_pytorch.performer_pytorch import (
         FastAttention,
         Performer,
+        PreLayerNorm,
         gaussian_orthogonal_random_matrix,
     )
 
@@ -34,6 +35,7 @@ __all__ = [
     "KERNELS",
     "FavorAttention",
     "Performer",
+    "PreLayerNorm",
     "draw_projection",
     "favor_attention",
 ]

@@ -7,30 +7,10 @@
 // goes on to the next head: heads lie side by side in memory, and passing along the whole cell for
 // each of them takes a tenth longer. One worker does the whole of a
 // head, in one order: the result does not depend on the number of threads.
-//
-// There is one kind of matrix product, `multiply`: C (32 x N, float) = A (32 x K, bf16, rows) times
-// B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what the
-// tile instruction TDPBF16PS takes. Two builds share all else:
-//   FAVOR_AMX  16 x 16 tiles (and AVX512-BF16, which every CPU with AMX has)
-//   without    AVX-512 F, BW, VL and DQ: bf16 is widened by shifts, sums are fused multiply-adds
-// Sums are float everywhere; features and what they are multiplied with are rounded to bf16.
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
-
-using bf16 = uint16_t;
-using i64 = int64_t;
+#include "native_tiles.h"
 
 struct Rows {  // a (tokens, heads, dim) tensor whose last dimension is dense; strides in elements
   bf16* data;
@@ -51,167 +31,9 @@ struct Call {  // mirrored by ctypes in pretrain/favor_native.py
 
 namespace {
 
-constexpr int STRIP = 32;  // rows at a time
+constexpr float FAR = 1e30f;  // subtracted from an exponent, leaves a feature of zero
 constexpr int BLOCK = 256;  // rows whose features are kept until they are summed
 constexpr i64 MOST_HEADS = 16;  // of a worker: what is kept for each, 150 KB, has to stay in cache
-constexpr float LOG2E = 1.44269504089f;
-
-i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
-
-// ---- vectors ----------------------------------------------------------------------------------
-
-__m512 widen(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-__m512 load(const float* p) { return _mm512_loadu_ps(p); }
-__m512 all(float x) { return _mm512_set1_ps(x); }
-__m512 load_bf16(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-
-__m512i narrow(__m512 low, __m512 high) {  // 32 bf16, rounded to nearest even
-#ifdef FAVOR_AMX
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-#else
-  auto half = [](__m512 x) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-  };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1);
-#endif
-}
-
-// Dwords {first[i], second[i]}, each rounded to bf16: the paired form of two rows.
-__m512i pair(__m512 first, __m512 second) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                 21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
-                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), narrow(first, second));
-}
-
-// 2^t by a polynomial of degree 4 (relative error 3e-6, a thousandth of a bf16's rounding).
-__m512 exp2(__m512 t) {
-  t = _mm512_max_ps(t, all(-140.f));  // -inf would become nan below
-  __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 f = _mm512_sub_ps(t, whole);
-  __m512 p = all(9.5701006e-3f);
-  p = _mm512_fmadd_ps(p, f, all(5.5917860e-2f));
-  p = _mm512_fmadd_ps(p, f, all(2.4024745e-1f));
-  p = _mm512_fmadd_ps(p, f, all(6.9312181e-1f));
-  p = _mm512_fmadd_ps(p, f, all(9.9999926e-1f));
-  return _mm512_scalef_ps(p, whole);
-}
-
-// Transpose 16 x 16 dwords in registers.
-void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; ++i) {  // r[i], r[4+i], ..: column i of each 128-bit lane's four
-    __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    __m512i b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    __m512i d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  std::copy(t, t + 16, r);
-}
-
-// ---- the product ------------------------------------------------------------------------------
-
-#ifdef FAVOR_AMX
-struct Tiles {  // the tile registers of one thread: eight of 16 rows of 64 bytes
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, zero[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    std::fill_n(config.bytes, 8, 64);
-    std::fill_n(config.rows, 8, 16);
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-template <bool WIDE>  // 32 columns, or 16
-void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k,
-                      bool add) {
-  const i64 cs = ldc * 4, as = lda * 2, bs = ldb * 4;
-  if (add) {
-    _tile_loadd(0, c, cs);
-    _tile_loadd(2, c + 16 * ldc, cs);
-    if (WIDE) { _tile_loadd(1, c + 16, cs); _tile_loadd(3, c + 16 * ldc + 16, cs); }
-  } else {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  }
-  for (i64 i = 0; i < k; i += 32) {
-    _tile_loadd(6, b + i / 2 * ldb, bs);
-    _tile_loadd(4, a + i, as);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + 16 * lda + i, as);
-    _tile_dpbf16ps(2, 5, 6);
-    if (WIDE) {
-      _tile_loadd(7, b + i / 2 * ldb + 16, bs);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, cs);
-  _tile_stored(2, c + 16 * ldc, cs);
-  if (WIDE) { _tile_stored(1, c + 16, cs); _tile_stored(3, c + 16 * ldc + 16, cs); }
-}
-#else
-struct Tiles {};
-
-__m512 dot(__m512 sum, __m512i a, __m512i b) {  // sum + a[even] b[even] + a[odd] b[odd]
-  const __m512i high = _mm512_set1_epi32(0xffff0000);
-  auto odd = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
-  auto even = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
-  return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
-}
-
-template <bool WIDE>
-void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t* b, i64 ldb, i64 k,
-                      bool add) {
-  constexpr int ROWS = 8, COLUMNS = WIDE ? 2 : 1;
-  for (int row = 0; row < STRIP; row += ROWS, c += ROWS * ldc, a += ROWS * lda) {
-    __m512 sum[ROWS][COLUMNS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int j = 0; j < COLUMNS; ++j)
-        sum[r][j] = add ? load(c + r * ldc + 16 * j) : _mm512_setzero_ps();
-    for (i64 i = 0; i < k; i += 2) {
-      __m512i right[COLUMNS];
-      for (int j = 0; j < COLUMNS; ++j) right[j] = _mm512_loadu_si512(b + i / 2 * ldb + 16 * j);
-      for (int r = 0; r < ROWS; ++r) {
-        int32_t two;
-        std::memcpy(&two, a + r * lda + i, 4);
-        for (int j = 0; j < COLUMNS; ++j)
-          sum[r][j] = dot(sum[r][j], _mm512_set1_epi32(two), right[j]);
-      }
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int j = 0; j < COLUMNS; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
-  }
-}
-#endif
-
-// C (32 x n) = or += A (32 x k) B; n is a multiple of 16 and C's and B's row length, k of 32.
-void multiply(float* c, const bf16* a, i64 lda, const uint32_t* b, i64 n, i64 k, bool add = false) {
-  i64 j = 0;
-  for (; j + 32 <= n; j += 32) multiply_columns<true>(c + j, n, a, lda, b + j, n, k, add);
-  if (j < n) multiply_columns<false>(c + j, n, a, lda, b + j, n, k, add);
-}
 
 // ---- one worker's memory and steps ------------------------------------------------------------
 
@@ -220,7 +42,7 @@ struct Worker {
   const i64 d, m;       // as given
   const i64 D, M, MK;   // d and m rounded up to 32; m to 16 (columns) and to 32 (when summed over)
   const float eps;
-  std::vector<void*> held;
+  Memory memory;
   Tiles tiles;
 
   float *x, *dphi;                       // a strip's exponents, then features; their gradients
@@ -260,8 +82,6 @@ struct Worker {
     pack_by_width(forth);
     pack_by_feature(back);
   }
-  ~Worker() { for (void* p : held) std::free(p); }
-  Worker(const Worker&) = delete;
 
   Head& turn_to(i64 first_head, i64 h) {
     Head& own = heads[h];
@@ -282,13 +102,7 @@ struct Worker {
       }
   }
 
-  template <class T> T* make(i64 n) {  // zeroed, aligned, and padded for the loads of whole vectors
-    size_t bytes = round_up(n * sizeof(T), 64) + 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    held.push_back(p);
-    return (T*)std::memset(p, 0, bytes);
-  }
+  template <class T> T* make(i64 n) { return memory.make<T>(n); }
 
   __mmask16 lanes(i64 j) const { return m - j >= 16 ? 0xffff : (1u << (m - j)) - 1; }
 
@@ -314,25 +128,28 @@ struct Worker {
       }
   }
 
+  __mmask32 dims(i64 i) const { return d - i >= 32 ? ~0u : (1u << (d - i)) - 1; }
+
   // Copy rows [t, t + n) of a head; rows and columns beyond are zero.
   void fetch(bf16* to, const Rows& from, i64 t, i64 n) {
-    for (i64 r = 0; r < n; ++r) {
-      const bf16* row = from.at(t + r, head);
-      const bf16* ahead = row + STRIP * from.token;  // the next strip's
-      for (i64 i = 0; i < d; i += 32) _mm_prefetch((const char*)(ahead + i), _MM_HINT_T0);
-      std::memcpy(to + r * D, row, d * 2);
-    }
+    const bf16* row = from.at(t, head);
+    const i64 ahead = STRIP * from.token;  // the next strip's
+    for (i64 r = 0; r < n; ++r, row += from.token)
+      for (i64 i = 0; i < d; i += 32) {
+        _mm_prefetch((const char*)(row + ahead + i), _MM_HINT_T0);
+        _mm512_storeu_si512(to + r * D + i, _mm512_maskz_loadu_epi16(dims(i), row + i));
+      }
     std::memset(to + n * D, 0, (STRIP - n) * D * 2);
   }
 
   // Round the strip in `small` (32 x D) into rows [t, t + n).
   void store(const Rows& to, i64 t, i64 n) {
-    alignas(64) bf16 line[512];
-    for (i64 r = 0; r < n; ++r) {
-      for (i64 i = 0; i < D; i += 32)
-        _mm512_store_si512(line + i, narrow(load(small + r * D + i), load(small + r * D + i + 16)));
-      std::memcpy(to.at(t + r, head), line, d * 2);
-    }
+    bf16* row = to.at(t, head);
+    for (i64 r = 0; r < n; ++r, row += to.token)
+      for (i64 i = 0; i < d; i += 32) {
+        const float* from = small + r * D + i;
+        _mm512_mask_storeu_epi16(row + i, dims(i), narrow(load(from), load(from + 16)));
+      }
   }
 
   // Put a strip's rows, as columns, behind those the block has, and add them up in `floor`.
@@ -355,9 +172,7 @@ struct Worker {
 
   // sum += columns x features of the block, and begin the next one.
   void flush() {
-    if (filled)
-      for (i64 i = 0; i < D; i += STRIP)
-        multiply(sum + i * M, columns + i * BLOCK, BLOCK, e_pairs, M, filled, true);
+    if (filled) multiply(sum, columns, BLOCK, e_pairs, M, filled, true, D);
     filled = 0;
   }
 
@@ -365,7 +180,7 @@ struct Worker {
     std::fill_n(sum, D * M, 0.f), std::fill_n(count, M, 0.f), std::fill_n(floor, D, 0.f);
   }
 
-  // row_a = what to subtract from the exponents of each key, |k|²/2; infinite beyond the cell.
+  // row_a = what to subtract from the exponents of each key, |k|²/2; FAR beyond the cell.
   void half_squares(const bf16* keys, i64 n) {
     const float half = float(call.scale * call.scale / 2);
     for (i64 r = 0; r < STRIP; ++r) {
@@ -374,7 +189,7 @@ struct Worker {
         __m512 k = load_bf16(keys + r * D + i);
         total = _mm512_fmadd_ps(k, k, total);
       }
-      row_a[r] = r < n ? half * _mm512_reduce_add_ps(total) : INFINITY;
+      row_a[r] = r < n ? half * _mm512_reduce_add_ps(total) : FAR;
     }
   }
 
@@ -388,47 +203,43 @@ struct Worker {
     }
   }
 
-  __m512 feature(i64 r, i64 j) const {  // exp(x - row_a)
-    __m512 t = _mm512_fmsub_ps(load(x + r * M + j), all(LOG2E), all(row_a[r] * LOG2E));
-    return _mm512_maskz_mov_ps(lanes(j), exp2(t));
-  }
-
-  // Features of a strip's exponents, two rows at a time, in the forms asked for.
+  // Features of a strip's exponents, exp(x - row_a), two rows at a time, in the forms asked for.
   //   ROWS: as A in e_rows. PAIRS: as B in e_pairs. KEEP: as floats in x.
   //   `weights`: count += Σ weight of the row x features; `z`: row_b = features . z.
   template <bool ROWS, bool PAIRS, bool KEEP>
   void features(const float* weights, const float* z) {
     for (i64 r = 0; r < STRIP; r += 2) {
-      __m512 dot_0 = _mm512_setzero_ps(), dot_1 = _mm512_setzero_ps();
-      const __m512 w_0 = all(weights ? weights[r] : 0);
-      const __m512 w_1 = all(weights ? weights[r + 1] : 0);
-      for (i64 j = 0; j < MK; j += 32) {
+      __m512 dots[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      const __m512 weight[2] = {all(weights ? weights[r] : 0), all(weights ? weights[r + 1] : 0)};
+      const __m512 less[2] = {all(row_a[r] * LOG2E), all(row_a[r + 1] * LOG2E)};
+      float* rows[2] = {x + r * M, x + (r + 1) * M};
+      uint32_t* pairs = e_pairs + (filled + r) / 2 * M;
+      bf16* narrow_rows[2] = {e_rows + r * MK, e_rows + (r + 1) * MK};
+      auto step = [&](i64 j, auto whole) __attribute__((always_inline)) {
         __m512 e[2][2] = {};
-        for (i64 h = 0; h < 2 && j + 16 * h < M; ++h) {
+        for (i64 h = 0; h < 2 && (whole || j + 16 * h < M); ++h) {
           const i64 at = j + 16 * h;
-          e[0][h] = feature(r, at);
-          e[1][h] = feature(r + 1, at);
-          if (KEEP) {
-            _mm512_storeu_ps(x + r * M + at, e[0][h]);
-            _mm512_storeu_ps(x + (r + 1) * M + at, e[1][h]);
+          for (int i = 0; i < 2; ++i) {
+            e[i][h] = exp2(_mm512_fmsub_ps(load(rows[i] + at), all(LOG2E), less[i]));
+            if (!whole) e[i][h] = _mm512_maskz_mov_ps(lanes(at), e[i][h]);
+            if (KEEP) _mm512_storeu_ps(rows[i] + at, e[i][h]);
           }
-          if (PAIRS)
-            _mm512_storeu_si512(e_pairs + (filled + r) / 2 * M + at, pair(e[0][h], e[1][h]));
+          if (PAIRS) _mm512_storeu_si512(pairs + at, pair(e[0][h], e[1][h]));
           if (weights) {
-            __m512 total = _mm512_fmadd_ps(w_0, e[0][h], load(count + at));
-            _mm512_storeu_ps(count + at, _mm512_fmadd_ps(w_1, e[1][h], total));
+            const __m512 total = _mm512_fmadd_ps(weight[0], e[0][h], load(count + at));
+            _mm512_storeu_ps(count + at, _mm512_fmadd_ps(weight[1], e[1][h], total));
           }
-          if (z) {
-            dot_0 = _mm512_fmadd_ps(e[0][h], load(z + at), dot_0);
-            dot_1 = _mm512_fmadd_ps(e[1][h], load(z + at), dot_1);
-          }
+          if (z)
+            for (int i = 0; i < 2; ++i) dots[i] = _mm512_fmadd_ps(e[i][h], load(z + at), dots[i]);
         }
-        if (ROWS) {
-          _mm512_storeu_si512(e_rows + r * MK + j, narrow(e[0][0], e[0][1]));
-          _mm512_storeu_si512(e_rows + (r + 1) * MK + j, narrow(e[1][0], e[1][1]));
-        }
-      }
-      if (z) row_b[r] = _mm512_reduce_add_ps(dot_0), row_b[r + 1] = _mm512_reduce_add_ps(dot_1);
+        if (ROWS)
+          for (int i = 0; i < 2; ++i)
+            _mm512_storeu_si512(narrow_rows[i] + j, narrow(e[i][0], e[i][1]));
+      };
+      i64 j = 0;
+      for (; j + 32 <= m; j += 32) step(j, std::true_type{});
+      for (; j < MK; j += 32) step(j, std::false_type{});
+      if (z) row_b[r] = _mm512_reduce_add_ps(dots[0]), row_b[r + 1] = _mm512_reduce_add_ps(dots[1]);
     }
   }
 
@@ -454,10 +265,15 @@ struct Worker {
   // The ε of every feature: add its share to S (or dS), and make `floor` what it adds to a read.
   void add_epsilon() {
     for (i64 i = 0; i < D; ++i) {
-      const float share = eps * floor[i];
-      float total = 0;
-      for (i64 j = 0; j < m; ++j) total += sum[i * M + j] += share;
-      floor[i] = eps * total;
+      const __m512 share = all(eps * floor[i]);
+      __m512 total = _mm512_setzero_ps();
+      for (i64 j = 0; j < m; j += 16) {
+        const __m512 more = _mm512_mask_add_ps(load(sum + i * M + j), lanes(j),
+                                               load(sum + i * M + j), share);
+        _mm512_storeu_ps(sum + i * M + j, more);
+        total = _mm512_add_ps(total, more);  // beyond m there are zeros
+      }
+      floor[i] = eps * _mm512_reduce_add_ps(total);
     }
   }
 
@@ -517,8 +333,12 @@ struct Worker {
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r) {
         const float divisor = row_b[r] + own.base;
+        const __m512 inverse = all(1 / divisor);
         call.divisors[(t + r) * call.heads + head] = divisor;
-        for (i64 i = 0; i < D; ++i) small[r * D + i] = (small[r * D + i] + floor[i]) / divisor;
+        for (i64 i = 0; i < D; i += 16) {
+          float* at = small + r * D + i;
+          _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_add_ps(load(at), load(floor + i)), inverse));
+        }
       }
       store(call.out, t, n);
     });
@@ -585,7 +405,10 @@ struct Worker {
       features<true, false, true>(nullptr, nullptr);
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r)
-        for (i64 i = 0; i < D; ++i) small[r * D + i] += floor[i];
+        for (i64 i = 0; i < D; i += 16) {
+          float* at = small + r * D + i;
+          _mm512_storeu_ps(at, _mm512_add_ps(load(at), load(floor + i)));
+        }
       store(call.grad_v, t, n);
       multiply(dphi, other, D, by_width, M, D);
       feature_gradients(nullptr, count);
@@ -606,27 +429,13 @@ int run(const Call* call, void (Worker::*step)(i64, i64, i64)) {
   const i64 share = round_up(call->cells * call->heads, call->threads) / call->threads;
   const i64 most = std::max<i64>(1, std::min({share, call->heads, MOST_HEADS}));
   const i64 groups = round_up(call->heads, most) / most, all = call->cells * groups;
-  std::atomic<i64> next{0};
-  std::atomic<bool> failed{false};
-  auto work = [&] {
-    try {
-      Worker worker(*call, most);
-      for (i64 i; (i = next++) < all;) {
-        const i64 first = i % groups * most;
-        (worker.*step)(i / groups, first, std::min(most, call->heads - first));
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
+  return in_parallel(call->threads, all, [&](std::atomic<i64>& next) {
+    Worker worker(*call, most);
+    for (i64 i; (i = next++) < all;) {
+      const i64 first = i % groups * most;
+      (worker.*step)(i / groups, first, std::min(most, call->heads - first));
     }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (i64 i = 1; i < std::min(call->threads, all); ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {
-  }  // no more threads to be had: those there are do the work
-  work();
-  for (std::thread& other : others) other.join();
-  return failed;
+  });
 }
 
 }  // namespace

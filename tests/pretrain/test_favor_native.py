@@ -1,9 +1,6 @@
 """The native kernel against the whole feature maps in float64, build by build."""
 
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain import favor, favor_native
 from pretrain.favor import draw_projection, favor_attention
-from pretrain.favor_native import VARIANTS, native_attention, supported_variants
+from pretrain.favor_native import native_attention
+from pretrain.native import VARIANTS, supported_variants
 
 EPSILON = 1e-3
 
@@ -206,54 +204,3 @@ def test_wide_heads_are_left_to_the_tiles() -> None:
 
     with pytest.raises(ValueError, match="heads are 520 wide, 512 at most"):
         favor_attention(x, x, x, torch.zeros(4, 520), torch.tensor([0, 3]), kernel="native")
-
-
-class TestBuild:
-    @pytest.fixture(autouse=True)
-    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("SCBERT_KERNEL_CACHE", str(tmp_path / "kernels"))
-        return tmp_path / "kernels"
-
-    def test_processes_that_start_together_compile_once(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "build.lock").touch()  # left by a process that was killed
-        code = "from pretrain.favor_native import build; print(build('avx512'))"
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        named = {process.communicate()[0].strip() for process in started}
-
-        assert len(named) == 1
-        library = Path(named.pop())
-        assert sorted(path.name for path in folder.iterdir()) == ["build.lock", library.name]
-        before = library.stat().st_mtime_ns
-        assert favor_native.build("avx512") == library
-        assert library.stat().st_mtime_ns == before
-
-    def test_another_source_is_another_library(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for number in (1, 2):
-            source = tmp_path / f"{number}.cpp"
-            source.write_text(f"int answer() {{ return {number}; }}")
-            monkeypatch.setattr(favor_native, "SOURCE", source)
-            favor_native.build("avx512")
-
-        assert len(list(folder.glob("*.so"))) == 2
-
-    def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        source = tmp_path / "broken.cpp"
-        source.write_text("#error not today\n")
-        monkeypatch.setattr(favor_native, "SOURCE", source)
-
-        with pytest.raises(OSError, match=r"could not compile broken.cpp: .*not today"):
-            favor_native.build("avx512")
-
-        assert [path.name for path in folder.iterdir()] == ["build.lock"]
-
-    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv("PATH", str(tmp_path))
-
-        with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler \(install g\+\+"):
-            favor_native.build("avx512")

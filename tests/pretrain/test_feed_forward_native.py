@@ -1,0 +1,178 @@
+"""The native feed-forward against the plain layers in float64, build by build."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain import block, feed_forward_native
+from pretrain.block import build_blocks
+from pretrain.config import EncoderConfig
+from pretrain.feed_forward_native import native_feed_forward, usable
+from pretrain.native import VARIANTS, supported_variants
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name not in supported_variants():
+        pytest.skip(f"this CPU cannot run the {name} build")
+    return name
+
+
+class Layers(nn.Module):
+    """Seeded bf16 layers, rows and a gradient."""
+
+    def __init__(self, rows: int, width: int, hidden: int, dtype: torch.dtype = BF16) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, hidden)
+            self.outer = nn.Linear(hidden, width)
+            nn.init.normal_(self.norm.weight, 1.0, 0.2)
+            nn.init.normal_(self.norm.bias, 0.0, 0.2)
+            self.to(BF16)
+            self.x = (2 * torch.randn(rows, width) + 0.3).to(BF16).to(dtype)
+            self.grad = torch.randn(rows, width).to(BF16).to(dtype)
+
+    def native(self, variant: str) -> list[Tensor]:
+        """Output, and gradients of the rows and of all weights."""
+        x = self.x.clone().requires_grad_()
+        out = native_feed_forward(x, self.norm, self.inner, self.outer, variant)
+        return self._with_gradients(x, out)
+
+    def exact(self) -> list[Tensor]:
+        wide = copy.deepcopy(self).double()
+        x = self.x.double().requires_grad_()
+        out = x + wide.outer(nn.functional.gelu(wide.inner(wide.norm(x))))
+        return wide._with_gradients(x, out)
+
+    def _with_gradients(self, x: Tensor, out: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(out, [x, *self.parameters()], self.grad.to(out.dtype))
+        return [out.detach(), *gradients]
+
+
+def relative(ours: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"),
+    [
+        pytest.param(300, 200, 800, id="published width"),
+        pytest.param(1, 16, 32, id="one row"),
+        pytest.param(333, 37, 75, id="odd widths"),
+        pytest.param(70, 8, 3, id="narrower than a vector"),
+        pytest.param(1300, 64, 256, id="two spans of rows"),
+        pytest.param(257, 40, 161, id="one row and one unit over"),
+    ],
+)
+def test_equals_the_plain_layers(rows: int, width: int, hidden: int, variant: str) -> None:
+    layers = Layers(rows, width, hidden)
+
+    assert max(relative(layers.native(variant), layers.exact())) < 0.006  # worst 4.3e-3
+
+
+def test_float32_rows_keep_their_digits(variant: str) -> None:
+    layers = Layers(100, 64, 256, torch.float32)
+    layers.x += 1e-3 * layers.x.sin()
+    ours, exact = layers.native(variant), layers.exact()
+
+    assert ours[0].dtype == torch.float32
+    assert max(relative(ours[:2], exact[:2])) < 6e-4  # worst 2.4e-4
+    assert max(relative(ours, exact)) < 0.006
+
+
+def test_neither_threads_nor_other_rows_matter(variant: str) -> None:
+    layers = Layers(3000, 24, 48)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(layers.native(variant))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+    layers.x, layers.grad = layers.x[1000:1037], layers.grad[1000:1037]
+    for together, alone in zip(results[0][:2], layers.native(variant)[:2], strict=True):
+        assert torch.equal(together[1000:1037], alone)
+
+
+def test_extreme_rows(variant: str) -> None:
+    layers = Layers(4, 32, 64)
+    layers.x = torch.stack(
+        [torch.zeros(32), torch.ones(32), *(s * layers.x[0] for s in (1e4, 1e30))]
+    )
+    layers.x = layers.x.to(BF16)
+    with torch.no_grad():
+        layers.inner.weight *= 1e3  # GELU is 0 or the identity
+    ours, exact = layers.native(variant), layers.exact()
+
+    assert all(bool(x.isfinite().all()) for x in ours)
+    assert max(relative(ours[:1], exact[:1])) < 0.01
+
+
+def test_no_rows(variant: str) -> None:
+    layers = Layers(0, 16, 32)
+    out, _, *weights = layers.native(variant)
+
+    assert out.shape == (0, 16)
+    assert not any(bool(gradient.any()) for gradient in weights)
+
+
+def test_strided_rows_and_gradients(variant: str) -> None:
+    layers = Layers(50, 32, 64)
+    expected = layers.native(variant)
+    layers.x, layers.grad = (x.t().contiguous().t() for x in (layers.x, layers.grad))
+
+    assert all(torch.equal(a, b) for a, b in zip(layers.native(variant), expected, strict=True))
+
+
+@pytest.mark.skipif(not supported_variants(), reason="this CPU cannot run the kernel")
+class TestChoice:
+    @staticmethod
+    def layer(kernel: str) -> nn.Module:
+        config = EncoderConfig(dim=16, depth=1, heads=2, dim_head=8, kernel=kernel)  # type: ignore[arg-type]
+        built: nn.Module = build_blocks(config).net.layers[0][1]
+        return built
+
+    @pytest.mark.parametrize("kernel", ["auto", "native", "torch"])
+    def test_blocks_take_it_for_bfloat16(
+        self, kernel: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[Tensor] = []
+
+        def noted(x: Tensor, *layers: nn.Module) -> Tensor:
+            calls.append(x)
+            return native_feed_forward(x, *layers)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(block, "native_feed_forward", noted)
+        layer, x = self.layer(kernel), torch.randn(5, 16)
+        with torch.autocast("cpu", BF16):
+            mixed = layer(x)
+        plain, narrow = layer(x), layer.to(BF16)(x.to(BF16))
+
+        assert len(calls) == (0 if kernel == "torch" else 2)
+        assert mixed.dtype == torch.float32
+        for other in (mixed, narrow):
+            torch.testing.assert_close(other.float(), plain, rtol=0.02, atol=0.02)
+
+    def test_other_types_and_machines_take_the_plain_layers(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, weight = torch.zeros(3, 16, dtype=BF16), torch.zeros(2, dtype=BF16)
+
+        assert usable(x, "auto", weight)
+        assert not usable(x.float(), "auto", weight)
+        assert not usable(x, "reference", weight)
+        assert not usable(x.to("meta"), "auto", weight)
+        with torch.autocast("cpu", torch.float16):
+            assert not usable(x, "auto", weight)
+        monkeypatch.setattr(feed_forward_native, "missing", lambda: "there is no C++ compiler")
+        assert not usable(x, "auto", weight)
