@@ -181,12 +181,14 @@ def time_by_part(trainer: Trainer, length: int) -> dict[str, float]:
         name = event.key.lower()
         if "attention" in name:
             part = "attention"
+        elif "feedforward" in name:
+            part = "feed-forward"
         elif any(word in name for word in ("aten::mm", "addmm", "bmm")):
             part = "other products"
         elif "adam" in name:
             part = "update"
-        elif "gelu" in name or "layer_norm" in name:
-            part = "GELU and LayerNorm"
+        elif "layer_norm" in name:
+            part = "LayerNorm"
         else:
             part = "copies, sums and the rest"
         parts[part] += event.self_cpu_time_total

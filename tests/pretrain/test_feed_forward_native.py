@@ -1,6 +1,7 @@
 """The native feed-forward against the plain layers in float64, build by build."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from pretrain import block, feed_forward_native
 from pretrain.block import build_blocks
 from pretrain.config import EncoderConfig
+from pretrain.encoder import build_encoder
 from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.native import VARIANTS, supported_variants
+from tests.support.tiny import BINNING, ENCODER, NUM_GENES
 
 BF16 = torch.bfloat16
 
@@ -176,3 +179,21 @@ class TestChoice:
             assert not usable(x, "auto", weight)
         monkeypatch.setattr(feed_forward_native, "missing", lambda: "there is no C++ compiler")
         assert not usable(x, "auto", weight)
+
+    def test_checkpointed_blocks_give_the_same_bits(self) -> None:
+        results = []
+        for checkpointing in (False, True):
+            config = replace(ENCODER, checkpointing=checkpointing)
+            encoder = build_encoder(config, BINNING, NUM_GENES, seed=0).to(BF16)
+            tokens = torch.arange(4 * NUM_GENES).view(4, NUM_GENES) % BINNING.num_tokens
+            states = encoder(tokens, torch.tensor([0, 5, 70]))
+            states.float().square().sum().backward()
+            weights = encoder.named_parameters()
+            results.append(
+                {"": states} | {name: w.grad for name, w in weights if w.grad is not None}
+            )
+
+        plain, again = results
+        assert set(plain) == set(again)
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        assert "performer.net.layers.0.1.fn.fn.w1.weight" in plain
