@@ -14,7 +14,7 @@ ifneq ($(TORCH),$(shell cat $(STAMP) 2>/dev/null))
 endif
 endif
 
-.PHONY: help quickstart test test-slow test-cluster test-all check format bench constraints clean distclean
+.PHONY: help quickstart test test-slow test-cluster test-all check docs format bench constraints clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -38,6 +38,9 @@ check: $(STAMP)  ## ruff, ruff format and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)  ## the documentation as pages in build/site; a warning is an error
+	$(VENV)/bin/mkdocs --quiet build
 
 format: $(STAMP)  ## rewrite the sources in house style
 	$(VENV)/bin/ruff check --fix .

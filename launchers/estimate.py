@@ -5,6 +5,7 @@ python launchers/estimate.py --preset quickstart --gpu cpu --num_genes 2000
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _main(argv: list[str] | None) -> None:
         gloo=options.gpu == "cpu",
     )
     facts = report(config, placement, options.gpu, options.num_genes, int(options.num_cells))
-    cli.echo("\n".join(cli.table(facts)))
+    cli.echo(json.dumps(facts) if options.json else "\n".join(cli.table(facts)))
 
 
 def _with_vectors(settings: list[str]) -> list[str]:
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", choices=["h100", "a100", "cpu"], default="h100", help="device")
     parser.add_argument("--num_genes", type=int, default=16_906, help="length of the panel")
     parser.add_argument("--num_cells", type=float, default=1e6, help="training cells an epoch")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
 

@@ -31,9 +31,13 @@ def _verify(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         findings = verify_store(options.store, progress, options.threads)
+    damaged = sum(finding.is_damage for finding in findings)
+    if options.json:
+        listed = [[finding.kind, finding.name, finding.problem] for finding in findings]
+        cli.echo(json.dumps({"store": options.store, "whole": not damaged, "findings": listed}))
+        return 1 if damaged else 0
     for finding in findings:
         cli.echo(f"{finding.kind:10} {finding.name}: {finding.problem}")
-    damaged = sum(finding.is_damage for finding in findings)
     verdict = "is whole, byte for byte"
     if damaged:
         verdict = f"is damaged: {damaged} files; copy these again or rebuild it"
@@ -75,6 +79,6 @@ def _parser() -> cli.CommandParser:
     bench.add_argument("--form", default="counts", help="counts (CSR) or tokens (dense uint8)")
     bench.add_argument("--batch_size", type=int, default=512, help="cells of a batch")
     bench.add_argument("--seconds", type=float, default=10.0, help="stop after so long")
-    for printing in (info, bench):
+    for printing in (verify, info, bench):
         printing.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser

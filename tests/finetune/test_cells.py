@@ -66,5 +66,5 @@ def test_labelled_cells_with_ensembl_ids_are_learnt_from_as_those_with_symbols(
     assert by_symbol.sum() > 0
     np.testing.assert_array_equal(by_id, by_symbol)
     if encoder == "exported":
-        with pytest.raises(ValueError, match="its genes look like Ensembl ids .* give a table"):
+        with pytest.raises(ValueError, match=r"its genes look like Ensembl ids .* give a table"):
             counts(ids, GeneTablesConfig())

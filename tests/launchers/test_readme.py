@@ -1,4 +1,4 @@
-"""The README's commands, word for word, on tiny cells in an empty folder."""
+"""Commands of README and docs/getting_started.md, word for word, on tiny cells."""
 
 import os
 import re
@@ -11,16 +11,17 @@ from pathlib import Path
 import anndata
 import pytest
 
+from tests.support.documents import ROOT, commands
 from tests.support.labelled import write_labelled
 
-ROOT = Path(__file__).resolve().parents[2]
-MAKE_COMMANDS = {"make quickstart", "make test"}  # CI runs these two themselves
+# CI runs these two themselves, and the tests have the environment.
+ELSEWHERE = {"make quickstart", "make test", "source .venv/bin/activate"}
 
 
 def _commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and line not in MAKE_COMMANDS]
+    """Those of README, then those of the page that README has not."""
+    shown = [*commands(ROOT / "README.md"), *commands(ROOT / "docs" / "getting_started.md")]
+    return [line for line in dict.fromkeys(shown) if line not in ELSEWHERE]
 
 
 def _free_port() -> int:
@@ -53,9 +54,9 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environ.pop("MLFLOW_TRACKING_URI", None)
-    commands = _commands()
-    assert len(commands) >= 7
-    for command in commands:
+    shown = _commands()
+    assert len(shown) >= 12
+    for command in shown:
         # The tiny cells express fewer genes than the preset asks for.
         extra = " --min_genes 1" if "store build" in command else ""
         # A machine that runs tests may run a training at the default port, too.

@@ -125,6 +125,16 @@ def test_verify_tells_and_returns_1_for_damage(
     printed = capsys.readouterr().out
     assert "missing    dataset_1/X/data/c/0: is missing" in printed
     assert f"{store.path} is damaged: 1 files; copy these again or rebuild it" in printed
+    assert scbert.main(["store", "verify", str(store.path), "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["whole"] is False
+    assert ["missing", "dataset_1/X/data/c/0", "is missing"] in facts["findings"]
+
+
+def test_an_estimate_can_be_read_by_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "quickstart", "--gpu", "cpu", "--num_genes", "2000"]
+    assert scbert.main(["estimate", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_cell"] == 2001
 
 
 def test_info_is_what_the_store_holds(store: CellStore, capsys: pytest.CaptureFixture[str]) -> None:

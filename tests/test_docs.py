@@ -1,0 +1,144 @@
+"""README and docs/: commands fit the real parsers, links lead somewhere, no public name is missing.
+
+What the commands do is tested where they are run: `tests/launchers/test_readme.py` for README and
+docs/getting_started.md. That pages link rightly to each other is what `make docs` checks.
+"""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import cli, scbert, sweep_commands
+from tests.support.documents import ROOT, commands, pages
+
+OTHER_PROGRAMS = {"cd", "createdb", "curl", "export", "git", "make", "mlflow", "pg_dump", "pip"}
+OTHER_PROGRAMS |= {"rclone", "source", "sudo"}
+OF_SBATCH = {
+    "annotate_array.sbatch": ("annotate", "--part 0"),
+    "finetune_array.sbatch": ("sweep run", "--row 1"),
+    "ingest_array.sbatch": ("store build", "--array.tasks 2 --array.task 1 --array.job 7"),
+    "pretrain.sbatch": ("pretrain", ""),
+}
+"""What each template calls before and behind the user's words."""
+
+
+class Understood(Exception):
+    """A parser took a command line; nothing was begun."""
+
+
+@pytest.fixture
+def parsers_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let every launcher stop behind its parser, where the pages' settings lie."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain.yaml").write_text("store: cells.zarr\noutput: runs/pretrain\n")
+
+    def stopping(parse: Any) -> Any:
+        def parse_and_stop(*arguments: Any, **named: Any) -> None:
+            raise Understood(parse(*arguments, **named))
+
+        return parse_and_stop
+
+    def stop(*arguments: Any) -> None:
+        raise Understood
+
+    monkeypatch.setattr(cli, "parse", stopping(cli.parse))
+    monkeypatch.setattr(cli.CommandParser, "parse", stopping(cli.CommandParser.parse))
+    # Its words are partly another launcher's.
+    monkeypatch.setattr(sweep_commands, "run", stop)
+
+
+def as_scbert(command: str) -> list[str] | None:
+    """The words behind `scbert` that come to the same; none for other programs."""
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
+    scripts = [place for place, word in enumerate(words) if re.match(r"launchers/.*\.", word)]
+    if words[0] == "scbert":
+        return words[1:]
+    if not scripts:
+        return None
+    script, rest = Path(words[scripts[-1]]), words[scripts[-1] + 1 :]
+    assert (ROOT / script).is_file(), f"there is no {script}"
+    if script.suffix == ".sbatch":
+        before, behind = OF_SBATCH[script.name]
+        return [*before.split(), *rest, *behind.split()]
+    module = f"launchers.{script.stem}"
+    for name, (home, *more) in scbert.COMMANDS.items():
+        if home == module and not more:
+            return [*name.split(), *rest]
+    return None
+
+
+SHOWN = [
+    pytest.param(command, id=f"{page.relative_to(ROOT)}: {command}"[:90])
+    for page in pages()
+    for command in commands(page)
+]
+
+
+def test_there_are_commands_to_look_at() -> None:
+    assert len(SHOWN) > 50
+
+
+@pytest.mark.usefixtures("parsers_only")
+@pytest.mark.parametrize("command", SHOWN)
+def test_shown_commands_fit_the_parsers(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program = shlex.split(command)[0]
+    words = as_scbert(command)
+    if words is None:
+        script = next((word for word in command.split() if word.endswith(".py")), None)
+        assert script or program in OTHER_PROGRAMS or "=" in program, f"what is {program}?"
+        assert script is None or (ROOT / script).is_file(), f"there is no {script}"
+        return
+    code: int | str | None = 0
+    try:
+        code = scbert.main(words)
+        understood = False
+    except Understood:
+        understood = True
+    except SystemExit as ended:  # --help, --print_config
+        understood = not ended.code
+    assert understood, f"exit code {code}: {capsys.readouterr().err}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of the page's headings, as GitHub and MkDocs make them of plain ones."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    words = [re.sub(r"[^\w\s-]", "", head.lower()) for head in heads]
+    return {re.sub(r"\s+", "-", word.strip()) for word in words}
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 5
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = ROOT / path if path else ROOT / "README.md"
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_api_page_shows_every_public_name_and_no_other() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = {
+        heading: path
+        for path, heading in re.findall(r'^::: (\S+)\n.*\n +heading: "(\S+)"', page, re.MULTILINE)
+    }
+    public = {
+        f"{package}.{name}"
+        for package in ("datastore", "pretrain", "finetune")
+        for name in importlib.import_module(package).__all__
+    }
+    assert public - set(shown) == {"finetune.pl"}
+    assert "\n::: finetune.pl\n" in page
+    for short, path in shown.items():
+        home, _, name = path.rpartition(".")
+        package, _, attribute = short.rpartition(".")
+        ours = getattr(importlib.import_module(home), name)
+        if short in public:
+            assert getattr(importlib.import_module(package), attribute) is ours
