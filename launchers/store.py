@@ -15,12 +15,12 @@ from launchers import cli
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; `verify` returns 1 if the store is damaged."""
-    return cli.run(lambda: _main(argv))
 
+    def run() -> int:
+        options = _parser().parse(argv)
+        return int(options.command(options))
 
-def _main(argv: list[str] | None) -> int:
-    options = _parser().parse(argv)
-    return int(options.command(options))
+    return cli.run(run)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -32,18 +32,15 @@ def _verify(options: argparse.Namespace) -> int:
 
         findings = verify_store(options.store, progress, options.threads)
     damaged = sum(finding.is_damage for finding in findings)
-    if options.json:
-        listed = [[finding.kind, finding.name, finding.problem] for finding in findings]
-        cli.echo(json.dumps({"store": options.store, "whole": not damaged, "findings": listed}))
-        return 1 if damaged else 0
-    for finding in findings:
-        cli.echo(f"{finding.kind:10} {finding.name}: {finding.problem}")
+    lines = [f"{finding.kind:10} {finding.name}: {finding.problem}" for finding in findings]
     verdict = "is whole, byte for byte"
     if damaged:
         verdict = f"is damaged: {damaged} files; copy these again or rebuild it"
     elif findings:
         verdict = f"is whole; {len(findings)} files do not belong to it"
-    cli.echo(f"{options.store} {verdict}")
+    facts = {"store": options.store, "whole": not damaged, "findings": lines}
+    shown = json.dumps(facts) if options.json else "\n".join([*lines, f"{options.store} {verdict}"])
+    cli.echo(shown)
     return 1 if damaged else 0
 
 
@@ -52,9 +49,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    store = open_store(options.store)
-    speed = measure_reading(store, options.form, options.batch_size, options.seconds)
-    return _show(speed.as_dict(), options.json)
+    knobs = (options.form, options.batch_size, options.seconds)
+    return _show(measure_reading(open_store(options.store), *knobs).as_dict(), options.json)
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> int:

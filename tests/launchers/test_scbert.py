@@ -128,7 +128,7 @@ def test_verify_tells_and_returns_1_for_damage(
     assert scbert.main(["store", "verify", str(store.path), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert facts["whole"] is False
-    assert ["missing", "dataset_1/X/data/c/0", "is missing"] in facts["findings"]
+    assert "missing    dataset_1/X/data/c/0: is missing" in facts["findings"]
 
 
 def test_an_estimate_can_be_read_by_a_script(capsys: pytest.CaptureFixture[str]) -> None:
