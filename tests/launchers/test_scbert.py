@@ -154,7 +154,7 @@ def test_info_is_what_the_store_holds(store: CellStore, capsys: pytest.CaptureFi
         found = dict(zip(*np.unique(values.astype(str), return_counts=True), strict=True))
         assert facts[column] == found
     assert {line["name"]: line["cells_kept"] for line in facts["sources"]} == {"s0": 30, "s1": 40}
-    assert facts["codec"] == "lz4 3"
+    assert facts["codec"] == "lz4 5"
     assert facts["cells_per_shard"] >= facts["cells_per_chunk"] > 0
 
     assert scbert.main(["store", "info", str(store.path)]) == 0
