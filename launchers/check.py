@@ -57,7 +57,10 @@ def _lines(facts: dict[str, object]) -> list[str]:
 
 
 def _parser() -> cli.CommandParser:
-    parser = cli.CommandParser(description=(__doc__ or "").partition("\n")[0])
+    parser = cli.CommandParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Example: scbert check cells.h5ad --model models:/scbert-pancreas@champion",
+    )
     parser.add_argument("file", help=".h5ad, AnnData Zarr, 10x .h5 or mtx folder, …, or a store")
     parser.add_argument("--model", help="classifier: a folder or models:/name@alias")
     parser.add_argument("--layer", help="layer with the counts, or raw; default: found out")

@@ -57,7 +57,8 @@ def _with_vectors(settings: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.CommandParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Further settings are those of `scbert pretrain`: --preset, --encoder.dim, …",
+        epilog="Further settings are those of `scbert pretrain`: --preset, --encoder.dim, …. "
+        "Example: scbert estimate --preset 1b --nodes 16 --gpus_per_node 8",
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpus_per_node", type=int, default=1, help="ranks on each")

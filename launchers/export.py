@@ -50,7 +50,10 @@ def _import(source: Path, options: argparse.Namespace) -> None:
 
 
 def _parser() -> cli.CommandParser:
-    parser = cli.CommandParser(description=(__doc__ or "").partition("\n")[0])
+    parser = cli.CommandParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Example: scbert export runs/pretrain --best --output export",
+    )
     parser.add_argument("source", type=Path, help="output of a training, a step_… in it, or a .pth")
     parser.add_argument("--output", type=Path, required=True, help="folder of the export")
     parser.add_argument("--genes", type=Path, help="gene names, one a line; a .pth needs them")

@@ -36,7 +36,9 @@ def _main(argv: list[str] | None) -> None:
 
 
 def _parser() -> cli.CommandParser:
-    parser = cli.CommandParser(description=(__doc__ or "").partition("\n")[0])
+    parser = cli.CommandParser(
+        description=(__doc__ or "").partition("\n")[0], epilog=f"Example: {EXAMPLES['list']}"
+    )
     commands = parser.add_subparsers(required=True, metavar=" | ".join(EXAMPLES))
 
     def add(name: str, help: str) -> argparse.ArgumentParser:

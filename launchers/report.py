@@ -28,7 +28,10 @@ def _main(argv: list[str] | None) -> None:
 
 
 def _parser() -> cli.CommandParser:
-    parser = cli.CommandParser(description=(__doc__ or "").partition("\n")[0])
+    parser = cli.CommandParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Example: scbert report runs/finetune",
+    )
     parser.add_argument("run", type=Path, help="folder that `scbert finetune` wrote")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
     return parser

@@ -38,9 +38,9 @@ def _verify(options: argparse.Namespace) -> int:
         verdict = f"is damaged: {damaged} files; copy these again or rebuild it"
     elif findings:
         verdict = f"is whole; {len(findings)} files do not belong to it"
-    facts = {"store": options.store, "whole": not damaged, "findings": lines}
-    shown = json.dumps(facts) if options.json else "\n".join([*lines, f"{options.store} {verdict}"])
-    cli.echo(shown)
+    facts = {"store": options.store, "whole": not damaged, "findings": [*lines]}
+    lines.append(f"{options.store} {verdict}")
+    cli.echo(json.dumps(facts) if options.json else "\n".join(lines))
     return 1 if damaged else 0
 
 
@@ -59,11 +59,11 @@ def _show(facts: dict[str, Any], as_json: bool) -> int:
 
 
 def _parser() -> cli.CommandParser:
-    parser = cli.CommandParser(description=__doc__)
+    parser = cli.CommandParser(description=__doc__, epilog="Example: scbert store info cells.zarr")
     commands = parser.add_subparsers(required=True, metavar="verify | info | bench")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
-        added = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        added = commands.add_parser(name, help=text, epilog=f"Example: scbert store {name} c.zarr")
         added.add_argument("store", help="folder, s3://, gs:// or http(s):// address")
         added.set_defaults(command=run)
         return added

@@ -1,5 +1,6 @@
 """The command `scbert`: its words reach the launchers, and `store` says what is true."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -129,6 +130,14 @@ def test_verify_tells_and_returns_1_for_damage(
     facts = json.loads(capsys.readouterr().out)
     assert facts["whole"] is False
     assert "missing    dataset_1/X/data/c/0: is missing" in facts["findings"]
+
+
+@pytest.mark.parametrize("command", [*scbert.COMMANDS, "store"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert scbert.main([*command.split(), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Example: " in said or "\n  scbert store build --" in said
 
 
 def test_an_estimate_can_be_read_by_a_script(capsys: pytest.CaptureFixture[str]) -> None:
