@@ -5,7 +5,9 @@ Each expert turns a cell's expression into a logit per type by one matrix:
 - `regression`: multinomial logistic regression with L2 penalty, classes weighted by 1 / cells;
 - `discriminant`: linear discriminant analysis of the square root, its covariance shrunk towards a
   multiple of the identity;
-- `correlation`: correlation with the mean of each type.
+- `correlation`: correlation with the mean of each type;
+- `thinned`: logistic regression on cells brought to equal length, each learnt as it is and once
+  more thinned to a random share of its counts, as if it had been sequenced less deeply.
 """
 
 import warnings
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 from sklearn.exceptions import ConvergenceWarning
@@ -27,6 +30,10 @@ MAX_ITERATIONS: Final = 1_000
 """Limit for the solver; the data we know need less than 200."""
 SHRINKAGES: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
 """Shares of the identity in a covariance to try."""
+THINNED_PENALTY: Final = 0.01
+"""Value of ``C`` for the regression on thinned cells; not tuned, which would double all costs."""
+LEAST_SHARE: Final = 0.1
+"""Thinned cells keep a share of their counts between this and 1, even in its logarithm."""
 CORRELATION_SCALE: Final = 40.0
 """Factor that makes a logit of a correlation; its temperature is tuned anyway."""
 
@@ -63,11 +70,13 @@ class Expert:
         scale: Scale of expression that it sees (`finetune.expression.SCALES`).
         settings: Values to tune over, most regularised first.
         fit: Cells (N, K), type codes (N,) and settings to one map for each setting.
+        thinned: Whether it learns from thinned copies of the cells as well.
     """
 
     scale: str
     settings: tuple[float, ...]
     fit: FitFunction
+    thinned: bool = False
 
 
 def fit_regression(
@@ -136,9 +145,23 @@ EXPERTS: Final[Mapping[str, Expert]] = {
     "regression": Expert("log", PENALTIES, fit_regression),
     "discriminant": Expert("sqrt", SHRINKAGES, fit_discriminant),
     "correlation": Expert("standardised", (CORRELATION_SCALE,), fit_correlation),
+    "thinned": Expert("unit", (THINNED_PENALTY,), fit_regression, thinned=True),
 }
-FEW_CELL_EXPERTS: Final = ("discriminant", "correlation")
-"""Experts that class means tell most of: good with few cells, and worse across data sets."""
+FEW_CELL_EXPERTS: Final = ("regression", "discriminant", "correlation")
+"""Experts to pool with few cells: class means tell most then."""
+MANY_CELL_EXPERTS: Final = ("regression", "thinned")
+"""Experts to pool with many: those of class means are worse across data sets, thinned copies of few
+cells are worse within one."""
+
+
+def thinned(counts: sp.csr_matrix, seed: int) -> sp.csr_matrix:
+    """Keep each count with a chance that is drawn for its cell, `LEAST_SHARE` to 1."""
+    rng = np.random.default_rng([seed, 4])
+    shares = np.exp(rng.uniform(np.log(LEAST_SHARE), 0, counts.shape[0]))
+    kept = sp.csr_matrix(counts, dtype=np.float32, copy=True)
+    whole = np.rint(kept.data).astype(np.int64)
+    kept.data = rng.binomial(whole, np.repeat(shares, np.diff(kept.indptr))).astype(np.float32)
+    return kept
 
 
 def class_means(x: Array, codes: NDArray[np.int64]) -> NDArray[np.float64]:

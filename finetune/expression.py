@@ -1,4 +1,4 @@
-"""Expression as simple methods see it: counts per 10,000, variable genes, and three scales.
+"""Expression as simple methods see it: counts per 10,000, variable genes, and four scales.
 
 The scales are torch functions, so that fitting (once, on the CPU) and predicting (in batches, on
 any device) share one implementation.
@@ -68,10 +68,17 @@ def standardised_log(rates: Tensor) -> Tensor:
     return unit * math.sqrt(x.shape[1])
 
 
+def unit_log(rates: Tensor) -> Tensor:
+    """Bring log(1 + x) to equal length in all cells, with a spread like the logarithm's, (B, K)."""
+    unit: Tensor = nn.functional.normalize(torch.log1p(rates), dim=1, eps=1e-6)
+    return unit * (0.7 * math.sqrt(rates.shape[1]))
+
+
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "log": torch.log1p,
     "sqrt": lambda rates: rates.sqrt() / 4,  # a spread like that of the logarithm
     "standardised": standardised_log,
+    "unit": unit_log,
 }
 """Scales of counts per 10,000 by name: (B, K) → (B, K)."""
 

@@ -123,13 +123,6 @@ class ExpressionLogits(nn.Module):
             logits = logits + SCALES[scale](seen) @ weight.T
         return logits
 
-    def gene_weights(self, num_genes: int) -> Tensor:
-        """Weight of each gene's log expression for each type, (C, G); 0 for genes not seen."""
-        weights = self.weight.new_zeros(self.weight.shape[1], num_genes)
-        if "log" in self.scales:
-            weights[:, self.genes] = self.weight[self.scales.index("log")]
-        return weights
-
 
 def expression_logits(genes: NDArray[np.int64], maps: Mapping[str, LinearMap]) -> ExpressionLogits:
     """Make the module of fitted maps: genes (K,), map by scale."""

@@ -245,7 +245,7 @@ def rows_per_type(
 
 
 def describe_deletions(deletions: Sequence[Deletion], num_removed: int) -> str:
-    """Say in a sentence what the deletion test found."""
+    """Say what the deletion test found, and of which views it found nothing."""
     by_name = {deletion.removed: deletion for deletion in deletions}
     random = by_name["random"]
     best = max(
@@ -253,11 +253,16 @@ def describe_deletions(deletions: Sequence[Deletion], num_removed: int) -> str:
         key=lambda deletion: deletion.drop,
     )
     verb = "hurts more than" if best.drop > random.drop else "does not hurt more than"
-    return (
+    said = (
         f"Removing each cell's top {num_removed} genes by {best.removed} {verb} removing random "
         f"expressed ones: the probability of its type falls by {best.drop:.3f} against "
         f"{random.drop:.3f} ({by_name['most expressed'].drop:.3f} for the most expressed genes)."
     )
+    idle = [d for d in deletions if d.removed in VIEWS and d is not best and d.drop <= random.drop]
+    if idle:
+        words = " and ".join(f"{deletion.removed} ({deletion.drop:.3f})" for deletion in idle)
+        said += f" Genes by {words} hurt no more than random ones: they do not explain the labels."
+    return said
 
 
 def _sample(number: int, most: int, seed: int) -> NDArray[np.int64]:

@@ -153,6 +153,7 @@ def test_removing_top_genes_hurts_more_than_random_ones(
     assert good.p_value < 0.01
     sentence = describe_deletions((good, bad, most, random), 3)
     assert "top 3 genes by logit hurts more than" in sentence
+    assert f"by attention ({bad.drop:.3f}) hurt no more than random ones" in sentence
 
 
 def test_reasons_of_types_are_means_over_their_cells(

@@ -10,9 +10,11 @@ from finetune.baselines import logistic_regression
 from finetune.expert_pool import class_weights, fit_pool, pool_weights, temperature
 from finetune.experts import (
     EXPERTS,
+    FEW_CELL_EXPERTS,
     fit_correlation,
     fit_discriminant,
     fit_regression,
+    thinned,
 )
 from finetune.expression import counts_per_10k, scaled
 from tests.support.simulated import simulated_cells
@@ -67,10 +69,37 @@ def test_regression_is_scikit_learns_for_two_and_more_classes(
         np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-4)
 
 
-def test_regression_goes_alone_with_many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, labels = simulated_cells((30, 30))
+def test_many_cells_are_told_by_regressions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((40, 40))
     monkeypatch.setattr("finetune.expert_pool.MANY_CELLS", 60)
-    assert set(fit_pool(counts, labels, seed=0).weights) == {"regression"}
+    pool = fit_pool(counts, labels, seed=0)
+    assert set(pool.weights) == {"regression", "thinned"}
+    assert set(pool.maps) <= {"log", "unit"}
+
+
+def test_thinned_cells_keep_a_share_of_their_counts() -> None:
+    counts, _ = simulated_cells((100, 100), depth=20)
+    kept = thinned(counts, 0)
+    shares = np.asarray(kept.sum(axis=1) / counts.sum(axis=1)).ravel()
+    assert (kept > counts).nnz == 0
+    assert 0.09 < shares.min() < 0.13
+    assert 0.9 < shares.max() <= 1
+    assert abs(np.median(shares) - 0.1**0.5) < 0.05
+    assert (thinned(counts, 0) != kept).nnz == 0
+    assert (thinned(counts, 1) != kept).nnz > 0
+
+
+def test_thinned_copies_help_to_tell_shallow_cells() -> None:
+    # Learnt deep, asked shallow: few genes of a type are seen, each looking higher.
+    deep, labels = simulated_cells((60, 60, 60), depth=8)
+    shallow, truth = simulated_cells((300, 300, 300), seed=1, depth=0.05)
+    pool = fit_pool(deep, labels, seed=0, experts=["regression", "thinned"])
+    rates = counts_per_10k(shallow)
+    right = {}
+    for name, found in pool.tuned.items():
+        x = scaled(rates, pool.genes, EXPERTS[name].scale)
+        right[name] = float((np.array(pool.classes)[found.map(x).argmax(axis=1)] == truth).mean())
+    assert right["thinned"] > right["regression"] + 0.02, right
 
 
 def test_correlation_is_numpys(cells: tuple[np.ndarray, np.ndarray]) -> None:
@@ -87,7 +116,7 @@ def test_pool_predicts_and_keeps_cells_apart_from_their_own_logits() -> None:
     counts, labels = simulated_cells((40, 30, 20, 1))
     pool = fit_pool(counts, labels, seed=0)
     assert pool.classes == ("a", "b", "c", "rare")
-    assert set(pool.weights) == set(EXPERTS)
+    assert set(pool.weights) == set(FEW_CELL_EXPERTS)
     assert min(pool.weights.values()) >= 0
     assert (pool.folds[labels == "rare"] == -1).all()
     named = np.array(pool.classes)

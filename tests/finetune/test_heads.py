@@ -43,6 +43,3 @@ def test_experts_as_a_module_give_the_pools_logits() -> None:
     module = expression_logits(pool.genes, pool.maps)
     rates = torch.from_numpy(counts_per_10k(counts).toarray())
     np.testing.assert_allclose(module(rates).numpy(), pool.predict(counts), rtol=1e-3, atol=1e-3)
-    weights = module.gene_weights(60)
-    assert weights.shape == (3, 60)
-    np.testing.assert_array_equal(weights[:, pool.genes].numpy(), pool.maps["log"].weight)
