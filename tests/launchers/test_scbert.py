@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from tests.support.cells import (
     stored_parts,
     write_h5ad,
 )
+from tests.support.documents import ROOT
 from tests.support.http_server import serve_folder
 
 
@@ -144,6 +148,23 @@ def test_an_estimate_can_be_read_by_a_script(capsys: pytest.CaptureFixture[str])
     words = ["--preset", "quickstart", "--gpu", "cpu", "--num_genes", "2000"]
     assert scbert.main(["estimate", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_cell"] == 2001
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_bars_are_shown_to_people_only(store: CellStore, watched: bool) -> None:
+    ours, theirs = pty.openpty() if watched else os.pipe()
+    if watched:
+        termios.tcsetwinsize(theirs, (24, 100))
+    words = [sys.executable, "-m", "launchers.scbert", "store", "verify", str(store.path)]
+    done = subprocess.run(words, cwd=ROOT, stderr=theirs, stdout=subprocess.PIPE, check=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+        while piece := os.read(ours, 65536):
+            said += piece
+    os.close(ours)
+    assert b"is whole, byte for byte" in done.stdout
+    assert (b"verify: 100%" in said and b"B/s" in said) if watched else said == b"", said
 
 
 def test_info_is_what_the_store_holds(store: CellStore, capsys: pytest.CaptureFixture[str]) -> None:
