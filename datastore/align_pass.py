@@ -65,15 +65,12 @@ class Alignment:
     with_digests: bool
 
 
-def align_sources(
-    work: Path, plan: Plan, places: Sequence[NDArray[np.int64]], num_genes: int, compute: Compute
-) -> list[Tally]:
+def align_sources(work: Path, plan: Plan, num_genes: int, compute: Compute) -> list[Tally]:
     """Spool all cells that are kept; work that is there already is not done again.
 
     Args:
-        work: Folder of the ingest.
+        work: Folder of the ingest, with the places of all sources' genes.
         plan: What goes where.
-        places: Panel position of each gene of each source, -1 where it has none.
         num_genes: Length of the panel, G.
         compute: Where tasks run.
 
@@ -91,8 +88,6 @@ def align_sources(
         edges=tuple(plan.edges),
         with_digests=plan.config.duplicates != "keep",
     )
-    for number, of_source in enumerate(places):  # a file, as thousands of tasks need the same
-        np.save(_places_file(work, number), of_source, allow_pickle=False)
     tasks = []
     for parts in plan.read_together:
         # Its gene names are long, and no task needs them again.
@@ -105,11 +100,25 @@ def align_sources(
     return tallies
 
 
+def save_places(work: Path, number: int, places: NDArray[np.int64]) -> None:
+    """Keep the panel position of each gene of a source, -1 where it has none.
+
+    In a file: a source may be thousands of tasks, and memory is not to grow with the sources.
+    """
+    np.save(_places_file(work, number), places, allow_pickle=False)
+
+
+def load_places(work: Path, number: int) -> NDArray[np.int64]:
+    """Give what `save_places` kept of a source."""
+    places: NDArray[np.int64] = np.load(_places_file(work, number), allow_pickle=False)
+    return places
+
+
 def _spool_source(alignment: Alignment, source: Source, parts: Sequence[Slice]) -> list[Tally]:
     targets = [alignment.work / "spool" / part.name for part in parts]
     missing = [part for part, target in zip(parts, targets, strict=True) if not target.exists()]
     if missing:
-        places = np.load(_places_file(alignment.work, parts[0].source))
+        places = load_places(alignment.work, parts[0].source)
         with open_source(source) as cells:
             for part in missing:
                 _spool_slice(alignment, cells, part, places)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.align_pass import Tally, align_sources
+from datastore.align_pass import Tally, align_sources, load_places, save_places
 from datastore.duplicates import SharedCells, find_duplicates
 from datastore.gene_tables import GeneTables
 from datastore.genes import GenePanel, match_genes, measured_genes
@@ -52,9 +52,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Matched:
-    """The genes of all sources against the panel."""
+    """The genes of all sources against the panel; where they are in it, `align_pass` has on disk.
 
-    places: list[NDArray[np.int64]]
+    Attributes:
+        measured: Bits that say which panel genes each source measured.
+        lines: What became of its gene names.
+    """
+
+    measured: list[NDArray[np.uint8]]
     lines: list[Harmonization]
 
 
@@ -82,8 +87,8 @@ def write_generation(
         BrokenSources: If some turn out to be unusable, after all have been looked at.
         ValueError: If no cell is left.
     """
-    matched = _match_all(plan, panel, tables)
-    tallies = align_sources(work, plan, matched.places, len(panel), compute)
+    matched = _match_all(work, plan, panel, tables)
+    tallies = align_sources(work, plan, len(panel), compute)
     if not sum(tally.kept for tally in tallies):
         raise ValueError(
             f"no cell has {plan.config.min_genes} expressed panel genes or more; lower min_genes "
@@ -101,18 +106,24 @@ def write_generation(
     return Generation(partitions, sum(part.counts for part in written), lines)
 
 
-def _match_all(plan: Plan, panel: GenePanel, tables: GeneTables) -> _Matched:
-    known: dict[tuple[str, ...], tuple[NDArray[np.int64], Harmonization]] = {}
+def _match_all(work: Path, plan: Plan, panel: GenePanel, tables: GeneTables) -> _Matched:
+    known: dict[tuple[str, ...], tuple[int, NDArray[np.uint8], Harmonization]] = {}
 
-    def match(source: Source) -> tuple[NDArray[np.int64], Harmonization]:
-        if source.genes not in known:  # many samples of one atlas have the same genes
+    def match(number: int, source: Source) -> tuple[NDArray[np.uint8], Harmonization]:
+        if source.genes in known:  # many samples of one atlas have the same genes
+            save_places(work, number, load_places(work, known[source.genes][0]))
+        else:
             least = plan.config.panel.min_share_found
-            known[source.genes] = match_genes(source.genes, panel, source.path, least, tables)
-        places, line = known[source.genes]
-        return places, replace(line, source=source.name)
+            places, line = match_genes(source.genes, panel, source.path, least, tables)
+            save_places(work, number, places)
+            bits = np.packbits(measured_genes(places, len(panel)))
+            known[source.genes] = number, bits, line
+        _, bits, line = known[source.genes]
+        return bits, replace(line, source=source.name)
 
-    matches = usable([or_broken(source.path, match, source) for source in plan.sources])
-    return _Matched([places for places, _ in matches], [line for _, line in matches])
+    numbered = enumerate(plan.sources)
+    matches = usable([or_broken(source.path, match, number, source) for number, source in numbered])
+    return _Matched([bits for bits, _ in matches], [line for _, line in matches])
 
 
 def _collect(work: Path, written: Sequence[WrittenPart], first: int) -> list[int]:
@@ -139,8 +150,7 @@ def _write_reports(
     shared: Sequence[SharedCells],
     tables: GeneTables,
 ) -> None:
-    measured = np.stack([measured_genes(places, len(panel)) for places in matched.places])
-    write_measured(folder, measured, plan.generation)
+    write_measured(folder, np.stack(matched.measured), plan.generation)
     write_report(
         generation_folder(folder, plan.generation),
         matched.lines,

@@ -18,7 +18,7 @@ from datastore.workers import Compute
 
 log = logging.getLogger(__name__)
 
-_SCANNED_AT_ONCE: Final = 512
+_SCANNED_AT_ONCE: Final = 128
 """Sources whose gene names come together; equal ones are kept once before more come."""
 _LARGE_BYTES: Final = 64 * 10**6
 """Sources of so many bytes take two workers about as long as starting processes does."""

@@ -124,11 +124,11 @@ def write_record(path: Path, number: int) -> None:
     write_json(target, digests_below(path / f"dataset_{number}"))
 
 
-def write_measured(path: Path, measured: NDArray[np.bool_], generation: int = 0) -> None:
-    """Write which genes each source of a generation measured, (sources, G), as bits."""
+def write_measured(path: Path, bits: NDArray[np.uint8], generation: int = 0) -> None:
+    """Write which genes each source of a generation measured, a bit each, packed by source."""
     folder = generation_folder(path, generation)
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / MEASURED, np.packbits(measured, axis=1), allow_pickle=False)
+    np.save(folder / MEASURED, bits, allow_pickle=False)
 
 
 def write_root(path: Path, panel: GenePanel) -> None:
