@@ -61,7 +61,11 @@ def main() -> None:
     steps = take_turns(trainers, length, 1, rounds)
     say("forward only")
     forward = take_turns(
-        {name: trainers[name] for name in (REFERENCE, fastest(cases))}, length, 1, 1, forward=True
+        {name: trainers[name] for name in (REFERENCE, fastest(cases))},
+        length,
+        1,
+        rounds,
+        forward=True,
     )
     parts = time_by_part(trainers[fastest(cases)], length)
     del trainers
