@@ -63,7 +63,7 @@ def summarise(records: Sequence[Record], config: BenchmarkConfig) -> BenchmarkRe
             tests[name] = test
             sentences.append(in_words("ours", name, test))
     sentences += references(config.name)
-    table = _table(methods)
+    table = _table(methods) + _novelty_table(records)
     summary = {"methods": methods, "tests": tests, "published": references(config.name)}
     return BenchmarkReport(tuple(records), summary, table, "\n".join(sentences))
 
@@ -83,6 +83,22 @@ def _table(methods: dict[str, Any]) -> str:
             line += "".join(f" {found.get(key, '–')} |" for key in keys)
         lines.append(line)
     return "\n".join(lines)
+
+
+def _novelty_table(records: Sequence[Record]) -> str:
+    """Markdown table of each unknown type, means over seeds; empty of other protocols."""
+    lines = [
+        "",
+        "",
+        "| trial | method | AUROC | novel found | known kept |",
+        "|---|---|---|---|---|",
+    ]
+    keys = ("auroc", "novel_found", "known_kept")
+    for trial, method in dict.fromkeys((r.trial, r.method) for r in records if r.novelty):
+        found = [r.novelty or {} for r in records if (r.trial, r.method) == (trial, method)]
+        means = (f"{100 * np.mean([facts[key] for facts in found]):.1f}" for key in keys)
+        lines.append(f"| {trial} | {method} | {' | '.join(means)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def write_report(report: BenchmarkReport, folder: Path) -> None:

@@ -110,6 +110,7 @@ def test_an_unknown_type_is_found_and_does_not_count_as_wrong(tmp_path: Path) ->
     found = report.summary["methods"]["ours"]
     assert found["novelty"]["auroc"].mean > 0.8  # of 87 cells learnt; chance is 0.5
     assert "AUROC" in report.table
+    assert "| without rare | ours | " in report.table
     assert "rare" not in report.records[-1].scores.classes
     assert "novelty" not in report.summary["methods"]["majority"]
 
