@@ -128,7 +128,7 @@ def fit_pool(
         more = None
         if EXPERTS[name].thinned:
             more = scaled(counts_per_10k(thinned(counts, seed)), genes, scale)
-        tuned[name] = _tune(EXPERTS[name], scaled(rates, genes, scale), more, codes, folds)
+        tuned[name] = tune(EXPERTS[name], scaled(rates, genes, scale), more, codes, folds)
     logits = {name: found.logits for name, found in tuned.items()}
     weights = pool_weights(logits, codes, folds >= 0)
     merged: dict[str, LinearMap] = {}
@@ -149,7 +149,7 @@ def fit_pool(
     )
 
 
-def _tune(
+def tune(
     expert: Expert,
     x: Array,
     more: Array | None,
