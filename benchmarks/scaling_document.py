@@ -1,6 +1,6 @@
 """`docs/scaling.md` and its plot from the figures of `benchmarks/scaling.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import yaml
 from pretrain.config import BatchConfig, EncoderConfig, PretrainConfig
 from pretrain.estimate import (
     DEVICES,
-    Placement,
     activation_bytes,
     bytes_per_step,
     measure_size,
     seconds_per_cell,
 )
+from pretrain.memory_moments import Placement
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_GENES = 16_906
@@ -25,11 +25,18 @@ NUM_GPUS = (8, 64, 512, 4_096)
 CELLS_PER_GPU = 180
 """Of weak scaling, per step: the published 5,760 on 32 GPUs."""
 STRONG_BATCH = 16_384
+MEASURED = "this CPU"
+CPU_NETWORK = 25e9 / 8
+"""Bytes per second between CPU hosts, assumed: 25 Gbit/s."""
 
 
 def write_document(result: dict[str, Any], docs: Path) -> None:
     """Write the page and its plot."""
     predicted = {preset: list(predict(preset, stage)) for preset, stage in PRESETS.items()}
+    figures = result["figures"]
+    if figures.keys() >= {"ranks", "traffic"}:
+        traffic = figures["traffic"]["1"]["sent_bytes_in_theory"]
+        predicted[MEASURED] = list(predict_measured(figures["ranks"]["1"], traffic))
     plot(predicted, docs / "images" / "scaling.png")
     (docs / "scaling.md").write_text(page(result, predicted), encoding="utf-8")
 
@@ -59,6 +66,26 @@ def predict(preset: str, stage: int) -> Iterator[dict[str, float]]:
         yield row
 
 
+def predict_measured(alone: dict[str, float], traffic: float) -> Iterator[dict[str, float]]:
+    """Weak and strong scaling of ranks like the one measured, under ZeRO 1; nothing hidden.
+
+    Args:
+        alone: What one rank did.
+        traffic: Bytes of two ranks per step in theory, where each sends half of two gradients and
+            weights; in large rings each sends twice that half.
+    """
+    one = 1 / alone["cells_per_second"]
+    for ranks in NUM_GPUS:
+        around = (ranks - 1) / ranks
+        wire = traffic * around / CPU_NETWORK
+        row: dict[str, float] = {"gpus": ranks}
+        for name, total in (("weak", CELLS_PER_GPU * ranks), ("strong", STRONG_BATCH)):
+            compute = total / ranks * one
+            row[name] = compute / (compute + wire)
+            row[f"{name}_cells"] = total / (compute + wire)
+        yield row
+
+
 def plot(predicted: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw predicted efficiency over the number of GPUs."""
     import matplotlib
@@ -76,7 +103,12 @@ def plot(predicted: dict[str, list[dict[str, float]]], path: Path) -> None:
                 marker="o",
                 label=f"{preset}, {name} scaling",
             )
-    axes.set(xscale="log", xlabel="H100 GPUs", ylabel="efficiency, predicted", ylim=(0, 1.05))
+    axes.set(
+        xscale="log",
+        xlabel="H100 GPUs (or ranks like this CPU's)",
+        ylabel="efficiency, predicted",
+        ylim=(0, 1.05),
+    )
     axes.set_xticks(NUM_GPUS, [f"{number:,}" for number in NUM_GPUS])
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -85,9 +117,8 @@ def plot(predicted: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def page(result: dict[str, Any], predicted: dict[str, list[dict[str, float]]]) -> str:
-    """Write down the page in Markdown."""
-    figures, ratios, machine = result["figures"], result["ratios"], result["machine"]
-    saved = figures["checkpoint"]
+    """Write down the page in Markdown, of the parts that were measured."""
+    figures, machine = result["figures"], result["machine"]
     lines = [
         "# Scaling",
         "",
@@ -96,61 +127,159 @@ def page(result: dict[str, Any], predicted: dict[str, list[dict[str, float]]]) -
         "this page is written by it. No GPU was at hand: what is said of GPUs is a prediction.",
         "",
         "## Measured",
-        "",
-        f"- Weak scaling from one to two ranks: {ratios['weak_two_ranks']:.1%} of what two "
+    ]
+    for part, section in _SECTIONS.items():
+        lines += ["", *(section(result) if part in figures else [f"{part}: not measured yet."])]
+    busy = {part: load for part, load in result["load"].items() if load > machine["cores"]}
+    if busy:
+        told = ", ".join(f"{part} {load:.0f}" for part, load in busy.items())
+        lines += ["", f"The machine had other work meanwhile (load average at the start): {told}."]
+    return "\n".join([*lines, "", *_predicted(predicted), ""])
+
+
+def _weak(result: dict[str, Any]) -> list[str]:
+    turns = result["figures"]["weak"]
+    return [
+        f"Weak scaling from one to two ranks: {result['ratios']['weak_two_ranks']:.1%} of what two "
         "processes do at the same time without communication (median of "
-        f"{len(figures['weak'])} turns; bar 90 %).",
-        f"- CPU seconds per cell in training are {ratios['cpu_seconds_vs_calibration']:.2f} times "
-        "those that `scbert estimate --gpu cpu` measures beforehand (bar 0.75 to 1.25).",
-        f"- A checkpoint of {saved['checkpoint_bytes'] / 1e9:.2f} GB (weights and both moments in "
-        f"float32) stops two ranks for {saved['checkpoint_stall_seconds']:.1f} s; resuming takes "
-        f"{saved['start_seconds']:.1f} s to build the model and the engine, "
+        f"{len(turns)} turns from {min(a / b for a, b in turns):.1%} to "
+        f"{max(a / b for a, b in turns):.1%}; bar 90 %).",
+    ]
+
+
+def _ranks(result: dict[str, Any]) -> list[str]:
+    ratio = result["ratios"]["cpu_seconds_vs_calibration"]
+    return [
+        f"CPU seconds per cell in training are {ratio:.2f} times those that `scbert estimate --gpu "
+        "cpu` measures beforehand (bar 0.75 to 1.25).",
+        "",
+        *_table(
+            ("ranks", "cells/s", "share of time waiting for cells"),
+            (
+                (
+                    f"{n} (time-sliced)" if int(n) > result["machine"]["cores"] else n,
+                    f"{row['cells_per_second']:.1f}",
+                    f"{row['loader_wait_share']:.1%}",
+                )
+                for n, row in result["figures"]["ranks"].items()
+            ),
+        ),
+    ]
+
+
+def _checkpoint(result: dict[str, Any]) -> list[str]:
+    saved = result["figures"]["checkpoint"]
+    return [
+        f"A checkpoint of {saved['checkpoint_bytes'] / 1e9:.2f} GB (100 million weights and both "
+        f"moments in float32) stops two ranks for {saved['checkpoint_stall_seconds']:.1f} s; "
+        f"resuming takes {saved['start_seconds']:.1f} s to build the model and the engine, "
         f"{saved['resume_check_seconds']:.1f} s to check all digests and "
         f"{saved['resume_read_seconds']:.1f} s to read and set the state.",
-        "",
-        "| ranks | cells/s | share of time waiting for cells |",
-        "|---|---|---|",
     ]
-    for number, row in figures["ranks"].items():
-        sliced = " (time-sliced)" if int(number) > int(machine["cores"]) else ""
-        lines.append(
-            f"| {number}{sliced} | {row['cells_per_second']:.1f} | {row['loader_wait_share']:.1%} |"
-        )
-    lines += [
-        "",
-        "Two ranks, a model of 13 million parameters; memory is the highest resident size above "
-        "that before the model was built, traffic what the kernel counted on the wire, all ranks "
-        "together:",
-        "",
-        "| ZeRO | peak memory per rank | estimated | ratio | sent per step | theory | ratio |",
-        "|---|---|---|---|---|---|---|",
+
+
+def _building(result: dict[str, Any]) -> list[str]:
+    built = result["figures"]["building"]
+    return [
+        "Under ZeRO 3 no rank ever holds the whole model: preset `1b` with two of its blocks "
+        f"({built['parameters'] / 1e6:.0f} million parameters, {built['whole_bytes'] / 1e6:.0f} MB "
+        f"in float32) on {built['ranks']} ranks takes {built['build_bytes'] / 1e6:.0f} MB of each "
+        f"at most while it is built; a share is {built['whole_bytes'] / built['ranks'] / 1e6:.0f} "
+        f"MB, the largest single parameter {built['largest_bytes'] / 1e6:.0f} MB.",
     ]
-    for stage, row in figures["stages"].items():
-        memory, traffic = ratios["memory_vs_estimate"][stage], ratios["bytes_vs_theory"][stage]
-        lines.append(
-            f"| {stage} | {row['peak_bytes'] / 1e6:.0f} MB | "
-            f"{row['estimated_bytes'] / 1e6:.0f} MB | {memory:.2f} | "
-            f"{row['sent_bytes'] / 1e6:.0f} MB | "
-            f"{row['sent_bytes_in_theory'] / 1e6:.0f} MB | {traffic:.2f} |"
-        )
-    lines += [
+
+
+def _traffic(result: dict[str, Any]) -> list[str]:
+    return [
+        "Bytes per step on the wire, both of two ranks together, as the kernel counted them, for "
+        "13 million parameters and two micro-batches a step:",
         "",
+        *_table(
+            ("ZeRO", "sent", "in theory", "ratio"),
+            (
+                (
+                    stage,
+                    f"{row['sent_bytes'] / 1e6:.1f} MB",
+                    f"{row['sent_bytes_in_theory'] / 1e6:.1f} MB",
+                    f"{result['ratios']['traffic_vs_estimate'][stage]:.3f}",
+                )
+                for stage, row in result["figures"]["traffic"].items()
+            ),
+        ),
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _memory(result: dict[str, Any]) -> list[str]:
+    return [
+        "Memory of the fullest rank above what the process had before the model was built, beside "
+        "`scbert estimate` (bar 15 %). glibc was told to give back at once what is freed "
+        "(`MALLOC_MMAP_THRESHOLD_=65536`); by default it keeps some of it. The estimate follows "
+        "what DeepSpeed allocates, see `pretrain/memory_moments.py`; nothing in it was fitted but "
+        "50 MB for the process itself. Two ranks unless said, 300 genes, two micro-batches a step:",
+        "",
+        *_table(
+            ("training", "peak", "estimated", "measured / estimated"),
+            (
+                (
+                    name,
+                    f"{row['peak_bytes'] / 1e6:.0f} MB",
+                    f"{row['estimated_bytes'] / 1e6:.0f} MB",
+                    f"{result['ratios']['memory_vs_estimate'][name]:.2f}",
+                )
+                for name, row in result["figures"]["memory"].items()
+            ),
+        ),
+    ]
+
+
+def _predicted(predicted: dict[str, list[dict[str, float]]]) -> list[str]:
+    return [
         "## Predicted",
         "",
         "By `scbert estimate`: bf16 on nodes of eight H100, 400 Gbit/s for each GPU, 35 % of the "
         "peak reached, no communication hidden behind computation. Weak scaling gives each GPU "
         f"{CELLS_PER_GPU} cells a step, strong scaling deals {STRONG_BATCH:,} to all. `scbert` is "
         "predicted under ZeRO 1, `1b` under ZeRO 3, whose gathering for every micro-batch is what "
-        "costs: a larger `batch.micro_size` is the remedy.",
+        "costs: a larger `batch.micro_size` is the remedy."
+        + (
+            f" `{MEASURED}` takes the cells/s that one rank was measured to do above, and 25 "
+            "Gbit/s between ranks."
+            if MEASURED in predicted
+            else ""
+        ),
         "",
-        "| preset | GPUs | weak: cells/s | efficiency | strong: cells/s | efficiency |",
-        "|---|---|---|---|---|---|",
+        *_table(
+            ("model", "ranks", "weak: cells/s", "efficiency", "strong: cells/s", "efficiency"),
+            (
+                (
+                    preset,
+                    f"{row['gpus']:,}",
+                    f"{row['weak_cells']:,.0f}",
+                    f"{row['weak']:.0%}",
+                    f"{row['strong_cells']:,.0f}",
+                    f"{row['strong']:.0%}",
+                )
+                for preset, rows in predicted.items()
+                for row in rows
+            ),
+        ),
+        "",
+        "![Predicted efficiency](images/scaling.png)",
     ]
-    for preset, rows in predicted.items():
-        for row in rows:
-            lines.append(
-                f"| {preset} | {row['gpus']:,} | {row['weak_cells']:,.0f} | {row['weak']:.0%} | "
-                f"{row['strong_cells']:,.0f} | {row['strong']:.0%} |"
-            )
-    lines += ["", "![Predicted efficiency](images/scaling.png)", ""]
-    return "\n".join(lines)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "weak": _weak,
+    "ranks": _ranks,
+    "traffic": _traffic,
+    "memory": _memory,
+    "building": _building,
+    "checkpoint": _checkpoint,
+}

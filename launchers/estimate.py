@@ -31,9 +31,10 @@ def _main(argv: list[str] | None) -> None:
         description="Estimate a pretraining with these settings.",
         example="scbert estimate --preset 1b --nodes 16 --gpus_per_node 8 --gpu h100",
     )
-    from pretrain.engine import read_deepspeed_json
-    from pretrain.estimate import Placement, precision_of
+    from pretrain.deepspeed_settings import read_deepspeed_json
+    from pretrain.estimate import precision_of
     from pretrain.estimate_report import report
+    from pretrain.memory_moments import Placement
 
     content = read_deepspeed_json(config.deepspeed)
     zero = content.get("zero_optimization", {})

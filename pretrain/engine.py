@@ -1,11 +1,5 @@
-"""The door to DeepSpeed: configuration, optimizer steps, resumable state.
+"""The door to DeepSpeed: models, optimizer steps, resumable state."""
 
-Batch sizes, clipping, optimizer and schedule belong to our configuration; a DeepSpeed JSON holds
-what only DeepSpeed understands (ZeRO stage, precision, offload, communication).
-"""
-
-import difflib
-import json
 import logging
 import os
 import shutil
@@ -16,125 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from pretrain.config import PretrainConfig
+from pretrain.deepspeed_settings import (
+    declared_accumulation_steps,
+    deepspeed_config,
+    read_deepspeed_json,
+)
 from pretrain.distributed import Ranks
 from pretrain.full_state import FullState
 
 log = logging.getLogger(__name__)
-
-OWNED: Final = {
-    "train_batch_size": "batch.global_size",
-    "train_micro_batch_size_per_gpu": "batch.micro_size",
-    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim.*",
-    "scheduler": "optim.schedule",
-    "steps_per_print": "log_every",
-}
-"""DeepSpeed keys that follow from our fields, and which."""
-
-ALLOWED: Final = frozenset(
-    {
-        "aio",
-        "bf16",
-        "comms_logger",
-        "communication_data_type",
-        "data_types",
-        "flops_profiler",
-        "memory_breakdown",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
-"""DeepSpeed keys that a JSON may set. DeepSpeed itself ignores unknown ones without a word."""
-
-
-def read_deepspeed_json(path: str | None) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON; without one, ZeRO stage 1.
-
-    Raises:
-        ValueError: If a key is ours or unknown; the message names our field or the nearest key.
-    """
-    if path is None:
-        return {"zero_optimization": {"stage": 1}}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object")
-    for key in content:
-        if key in OWNED:
-            raise ValueError(f"{path} sets {key!r}; remove it and set {OWNED[key]} instead")
-        if key not in ALLOWED:
-            near = difflib.get_close_matches(key, ALLOWED, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {sorted(ALLOWED)}"
-            raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
-    return content
-
-
-def require_supported(content: Mapping[str, Any], device: str) -> None:
-    """Refuse what DeepSpeed cannot run on this device, or we cannot save, before anything starts.
-
-    Args:
-        content: A checked DeepSpeed JSON.
-        device: `cpu` or `cuda`.
-
-    Raises:
-        ValueError: That names the setting and what to do.
-    """
-    zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        where = zero.get(name, {}).get("device", "none")
-        if where == "none":
-            continue
-        if where != "cpu":
-            raise ValueError(
-                f"zero_optimization.{name}.device is {where!r}, from which checkpoints cannot be "
-                "taken; choose 'cpu'"
-            )
-        if stage < least:
-            raise ValueError(
-                f"zero_optimization.{name} needs stage {least} or more, it is {stage}; raise "
-                "zero_optimization.stage or leave it out"
-            )
-    if device == "cpu" and zero.get("zero_quantized_weights"):
-        raise ValueError(
-            "zero_optimization.zero_quantized_weights is not implemented on CPU; leave it out"
-        )
-
-
-def deepspeed_config(
-    config: PretrainConfig, world_size: int, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Join a checked DeepSpeed JSON with what follows from our configuration."""
-    return {
-        # Offloading keeps our AdamW, so that it trains as every other stage does.
-        "zero_force_ds_cpu_optimizer": False,
-        **extra,
-        "train_micro_batch_size_per_gpu": config.batch.micro_size,
-        "gradient_accumulation_steps": _accumulation_steps(config, world_size),
-        "gradient_clipping": config.optim.clip_norm,
-        "steps_per_print": 2**31,
-    }
-
-
-def _accumulation_steps(config: PretrainConfig, world_size: int) -> int:
-    # Cut by tokens, the micro-batches of a step differ in number and `backward` is told the last
-    # one; all that DeepSpeed must know is that there may be several.
-    steps = config.batch.accumulation_steps(world_size)
-    return steps if config.batch.tokens is None else 2
 
 
 def require_compiler(which: Callable[[str], str | None] = shutil.which) -> None:
@@ -178,7 +69,17 @@ def construction(config: PretrainConfig, ranks: Ranks) -> Callable[[], AbstractC
         return nullcontext
     deepspeed = _import_deepspeed(ranks)
     content = deepspeed_config(config, ranks.world_size, extra)
+    # Drawn in float32 as under every other stage; `_cast_shares` rounds what was cut.
+    content.pop("bf16", None)
     return partial(deepspeed.zero.Init, config_dict_or_path=content)
+
+
+def _cast_shares(model: nn.Module) -> None:
+    """Round weights that ZeRO 3 has cut in float32 to bfloat16, where DeepSpeed wants them so."""
+    for weight in model.parameters():
+        if hasattr(weight, "ds_tensor"):
+            weight.data = weight.data.bfloat16()
+            weight.ds_tensor.data = weight.ds_tensor.data.bfloat16()
 
 
 class TrainingEngine:
@@ -200,6 +101,8 @@ class TrainingEngine:
         )
         # In bf16 without ZeRO DeepSpeed makes a trial update, which Adam would count and decay by.
         self._skipping = True
+        if extra.get("bf16", {}).get("enabled"):
+            _cast_shares(model)
         optimizer.register_step_pre_hook(self._forget_gradients)
         self._engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
@@ -219,7 +122,7 @@ class TrainingEngine:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_hook(self._look_at)
-        self._undo = ranks.world_size * _accumulation_steps(config, ranks.world_size)
+        self._undo = ranks.world_size * declared_accumulation_steps(config, ranks.world_size)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the model forward."""

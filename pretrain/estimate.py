@@ -8,8 +8,9 @@ device's peak that is reached, see `Device`. `benchmarks/scaling.py` compares wi
 """
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,18 @@ from datastore.config import BinningConfig
 from datastore.randomness import derive_key
 from pretrain.config import EncoderConfig, PretrainConfig
 from pretrain.encoder import ExpressionEncoder, build_encoder
+from pretrain.memory_moments import (
+    PERSISTENT,
+    Memory,
+    ModelSize,
+    Placement,
+    Precision,
+    at_fullest,
+)
 from pretrain.objective import MaskedGeneModel
 
-Precision = Literal["fp32", "bf16"]
 EXPRESSED_SHARE: Final = 0.053
 """Share of a PanglaoDB cell's genes that are expressed (about 900 of 16,906)."""
-CPU_PROCESS_BYTES: Final = 50e6
-"""What a CPU rank holds besides, above its imports: kernels, the loader's arenas. Measured once."""
-BUCKET: Final = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`, elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,64 +70,6 @@ DEVICES: Final = {
 """Data sheets: SXM, 80 GB; fp32 by TF32. Network: 400 and 200 Gbit/s for each GPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Over how many ranks and how the state is cut."""
-
-    nodes: int = 1
-    ranks_per_node: int = 1
-    stage: int = 1
-    offload: bool = False
-    """Optimizer state and update on the host."""
-    precision: Precision = "fp32"
-    gloo: bool = False
-    """CPU ranks: no reduce-scatter, and messages are staged in memory."""
-
-    def __post_init__(self) -> None:
-        if self.nodes < 1 or self.ranks_per_node < 1:
-            raise ValueError(
-                f"nodes is {self.nodes} and gpus_per_node {self.ranks_per_node}; give 1 or more"
-            )
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in all."""
-        return self.nodes * self.ranks_per_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """Elements of a model, and what one cell costs."""
-
-    trained: int
-    frozen: int
-    largest: int
-    """Elements of the largest parameter, which ZeRO 3 has whole for a moment."""
-    buffer_bytes: int
-    tokens: float
-    """Positions per cell."""
-    flops: float
-    """Of a forward pass of one cell."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one rank at the fullest moment of a step."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    activations: float
-    buffers: float
-    host: float = 0.0
-    """In the host's memory, by offloading."""
-
-    @property
-    def total(self) -> float:
-        """Bytes on the device."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
-
-
 def measure_size(
     config: EncoderConfig, num_genes: int, model: nn.Module | None = None
 ) -> ModelSize:
@@ -141,6 +87,7 @@ def measure_size(
         trained=sum(numel for numel, trained in sizes if trained),
         frozen=sum(numel for numel, trained in sizes if not trained),
         largest=max(numel for numel, _ in sizes),
+        small=sum(numel for numel, _ in sizes if numel <= PERSISTENT),
         buffer_bytes=config.depth * config.features * config.dim_head * 4,
         tokens=tokens,
         flops=config.depth * tokens * flops_per_token(config),
@@ -242,7 +189,7 @@ def _one_cell(config: PretrainConfig, num_genes: int, cells: int = 1) -> tuple[T
 def memory(
     config: PretrainConfig, size: ModelSize, placement: Placement, kept_per_cell: float
 ) -> Memory:
-    """Bytes on each rank, by part.
+    """Bytes on each rank at the fullest moment of a step, by part; see `memory_moments`.
 
     Args:
         config: The training.
@@ -250,50 +197,30 @@ def memory(
         placement: How it is cut.
         kept_per_cell: What `activation_bytes` found.
     """
+    several = config.batch.accumulation_steps(placement.world_size) > 1
+    activations = config.batch.micro_size * _cell_bytes(config, size, placement, kept_per_cell)
+    return at_fullest(size, placement, activations, several=several)
+
+
+def _cell_bytes(
+    config: PretrainConfig, size: ModelSize, placement: Placement, kept: float
+) -> float:
+    """What one cell keeps for the backward pass, and what a block works on meanwhile."""
     width = 2 if placement.precision == "bf16" else 4
-    stage, share = placement.stage, placement.world_size
-    every = size.trained + size.frozen
-    # Float32 weights and two moments; in fp32 without ZeRO these weights are the model's own.
-    optimizer = 12.0 * size.trained
-    if stage == 0:
-        optimizer -= 4.0 * size.trained * (placement.precision == "fp32")
-    else:
-        optimizer /= share
-    bucket = float(min(BUCKET, size.trained)) * width
-    parameters = width * every / (share if stage == 3 else 1)
-    gradients = width * size.trained / (share if stage >= 2 else 1)
-    buffers = float(size.buffer_bytes)
-    if stage == 3:
-        live = every if every < 1e9 else 1e9  # stage3_max_live_parameters
-        buffers += width * max(size.largest, live if share > 1 else 0) + bucket
-    elif stage or share > 1:
-        buffers += bucket
-    if stage:  # the averaged share of the gradient, flattened once more for the update
-        buffers += 2.0 * width * size.trained / share
-    if placement.gloo:  # Adam's two temporaries, gloo's copies of what it reduces and gathers
-        buffers += 8.0 * size.trained / (share if stage else 1) + CPU_PROCESS_BYTES
-        buffers += 2.0 * width * size.trained * (share > 1)
     hidden = config.encoder.ff_mult * config.encoder.dim
-    working = width * size.tokens * (2 * hidden + 2 * config.encoder.dim)
-    cells = config.batch.micro_size
-    return Memory(
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=0.0 if placement.offload else optimizer,
-        activations=cells * (kept_per_cell + working),
-        buffers=buffers,
-        host=optimizer + width * size.trained / share if placement.offload else 0.0,
-    )
+    return kept + width * size.tokens * (2 * hidden + 2 * config.encoder.dim)
 
 
 def largest_micro_batch(
     config: PretrainConfig, size: ModelSize, placement: Placement, kept: float, limit: float
 ) -> int:
     """Cells per forward pass that fit into `limit` bytes; 0 if not even one does."""
-    one = replace(config, batch=replace(config.batch, micro_size=1))
-    need = memory(one, size, placement, kept)
-    fixed = need.total - need.activations
-    return max(0, int((limit - fixed) // need.activations))
+    each = _cell_bytes(config, size, placement, kept)
+
+    def is_too_much(cells: int) -> bool:
+        return at_fullest(size, placement, cells * each, several=True).total > limit
+
+    return bisect_left(range(1, int(limit // each) + 2), True, key=is_too_much)
 
 
 def bytes_per_step(config: PretrainConfig, size: ModelSize, placement: Placement) -> float:

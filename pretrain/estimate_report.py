@@ -6,9 +6,6 @@ from typing import Any
 from pretrain.config import PretrainConfig
 from pretrain.estimate import (
     DEVICES,
-    Memory,
-    ModelSize,
-    Placement,
     activation_bytes,
     bytes_per_step,
     calibrate,
@@ -17,6 +14,7 @@ from pretrain.estimate import (
     memory,
     seconds_per_cell,
 )
+from pretrain.memory_moments import Memory, ModelSize, Placement
 
 
 def report(

@@ -20,13 +20,9 @@ from pretrain.agreement import require_agreement
 from pretrain.building import build_model, read_gene_vectors
 from pretrain.checkpoint import TrainingState, identity, keep_panel, resume, save_checkpoint
 from pretrain.config import PretrainConfig
+from pretrain.deepspeed_settings import read_deepspeed_json, require_supported
 from pretrain.distributed import Ranks
-from pretrain.engine import (
-    TrainingEngine,
-    construction,
-    read_deepspeed_json,
-    require_supported,
-)
+from pretrain.engine import TrainingEngine, construction
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in

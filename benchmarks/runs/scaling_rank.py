@@ -37,15 +37,14 @@ from pretrain.estimate import calibrate
 from pretrain.step import StepInfo, training_step
 from pretrain.window import Window
 
-WARM_UP = 2
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--store", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--deepspeed", required=True, help="DeepSpeed JSON, as text")
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before")
     parser.add_argument("--encoder", type=json.loads, required=True)
     parser.add_argument("--micro", type=int, required=True)
     parser.add_argument("--accumulation", type=int, required=True)
@@ -62,7 +61,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     options.work.mkdir(parents=True, exist_ok=True)
     content = options.work / f"zero_{os.getpid()}.json"
-    content.write_text(json.dumps({"zero_optimization": {"stage": options.stage}}))
+    content.write_text(options.deepspeed)
     size = options.micro * options.accumulation * ranks.world_size
     config = PretrainConfig(
         store=options.store,
@@ -83,6 +82,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     baseline = _reset_peak()
     start = time.perf_counter()
     model = build_model(config, store.panel, construction=engines.construction(config, ranks))
+    found["build_bytes"] = _status("VmHWM") - baseline
     engine = TrainingEngine(model, config, ranks)
     found["start_seconds"] = time.perf_counter() - start
     found |= _train(engine, config, options, ranks)
@@ -106,10 +106,11 @@ def _train(
     step, cells, cpu, wall, sent = 0, 0, 0.0, 0.0, 0
     epoch = 0
     metrics: dict[str, float] = {}
-    while step < WARM_UP + options.steps:
-        for batches in loader.epoch(epoch, 0):
+    while step < options.warm_up + options.steps:
+        packed = config.encoder.sequence == "expressed"
+        for batches in loader.packed(epoch, 0) if packed else loader.epoch(epoch, 0):
             window.note_fetched()
-            if step == WARM_UP:
+            if step == options.warm_up:
                 ranks.barrier()
                 window.finish(ranks)
                 sent, cpu, wall = _sent(), time.process_time(), time.perf_counter()
@@ -118,9 +119,9 @@ def _train(
             )
             window.add(done.sums)
             step += 1
-            cells += int(done.sums[4]) if step > WARM_UP else 0
+            cells += int(done.sums[4]) if step > options.warm_up else 0
             window.restart_clock()
-            if step == WARM_UP + options.steps:
+            if step == options.warm_up + options.steps:
                 break
         epoch += 1
     ranks.barrier()

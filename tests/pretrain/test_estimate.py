@@ -11,7 +11,7 @@ from pretrain import estimate
 from pretrain.building import build_model
 from pretrain.config import BatchConfig, EncoderConfig, PretrainConfig
 from pretrain.encoder import build_encoder
-from pretrain.estimate import Placement
+from pretrain.memory_moments import BUCKET, CPU_PROCESS_BYTES, ModelSize, Placement, at_fullest
 from tests.support.tiny import BINNING, ENCODER, tiny_config, tiny_panel
 
 CONFIG = tiny_config("store", "output")
@@ -67,9 +67,9 @@ def test_bf16_keeps_about_half() -> None:
     assert 0.4 < narrow / wide < 0.85
 
 
-def size_of(trained: int, frozen: int = 0) -> estimate.ModelSize:
-    return estimate.ModelSize(
-        trained=trained, frozen=frozen, largest=10, buffer_bytes=0, tokens=0.0, flops=1e6
+def size_of(trained: int, frozen: int = 0) -> ModelSize:
+    return ModelSize(
+        trained=trained, frozen=frozen, largest=10, small=0, buffer_bytes=0, tokens=0.0, flops=1e6
     )
 
 
@@ -79,7 +79,7 @@ def size_of(trained: int, frozen: int = 0) -> estimate.ModelSize:
         pytest.param(0, "fp32", (4400, 4000, 8000), id="ZeRO 0"),
         pytest.param(1, "fp32", (4400, 4000, 3000), id="ZeRO 1"),
         pytest.param(2, "fp32", (4400, 1000, 3000), id="ZeRO 2"),
-        pytest.param(3, "fp32", (1100, 1000, 3000), id="ZeRO 3"),
+        pytest.param(3, "fp32", (1100, 1000, 2000), id="ZeRO 3"),
         pytest.param(0, "bf16", (2200, 2000, 12000), id="bf16, ZeRO 0"),
         pytest.param(3, "bf16", (550, 500, 3000), id="bf16, ZeRO 3"),
     ],
@@ -87,10 +87,12 @@ def size_of(trained: int, frozen: int = 0) -> estimate.ModelSize:
 def test_state_by_hand(stage: int, precision: str, expected: tuple[int, ...]) -> None:
     """1,000 trained and 100 frozen elements on four ranks."""
     placement = Placement(nodes=2, ranks_per_node=2, stage=stage, precision=precision)  # type: ignore[arg-type]
-    need = estimate.memory(CONFIG, size_of(1000, 100), placement, 0.0)
+    config = replace(CONFIG, batch=BatchConfig(global_size=32, micro_size=4))
+    need = estimate.memory(config, size_of(1000, 100), placement, 0.0)
     assert [need.parameters, need.gradients, need.optimizer] == list(expected)
-    moved = estimate.memory(CONFIG, size_of(1000, 100), replace(placement, offload=True), 0.0)
-    assert moved.optimizer < 1 < expected[2] <= moved.host
+    if stage:
+        moved = estimate.memory(config, size_of(1000, 100), replace(placement, offload=True), 0.0)
+        assert moved.optimizer < 1 < expected[2] <= moved.host
 
 
 @pytest.mark.parametrize(
@@ -115,14 +117,46 @@ def test_traffic_by_hand(stage: int, expected: float) -> None:
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     size = estimate.measure_size(ENCODER, 32)
-    cells = estimate.largest_micro_batch(CONFIG, size, Placement(), 1e6, 1e9)
+    cells = estimate.largest_micro_batch(CONFIG, size, Placement(), 1e6, 10e9)
 
     def total(micro: int) -> float:
-        config = replace(CONFIG, batch=BatchConfig(global_size=micro, micro_size=micro))
+        config = replace(CONFIG, batch=BatchConfig(global_size=2 * micro, micro_size=micro))
         return estimate.memory(config, size, Placement(), 1e6).total
 
-    assert total(cells) <= 1e9 < total(cells + 1)
+    assert total(cells) <= 10e9 < total(cells + 1)
     assert estimate.largest_micro_batch(CONFIG, size, Placement(), 1e6, 10.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "precision", "buffers"),
+    [
+        pytest.param(0, 1, "fp32", 8 * 10, id="Adam's temporaries of the largest tensor"),
+        pytest.param(0, 2, "fp32", 4 * 1000, id="all gradients flattened"),
+        pytest.param(0, 1, "bf16", 4 * 1000 + 8 * 10, id="gradients in float32 as well"),
+        pytest.param(1, 1, "fp32", 4 * 1000 + 8 * 1000, id="gradient flattened, temporaries"),
+        pytest.param(1, 4, "fp32", 4 * 1000, id="the bucket flattened by rank"),
+        pytest.param(2, 4, "fp32", 2 * 4 * 1000, id="the bucket, and flattened by rank"),
+        pytest.param(3, 4, "fp32", 4 * (1000 + 1000), id="bucket, all gathered or flattened"),
+    ],
+)
+def test_buffers_by_hand(stage: int, ranks: int, precision: str, buffers: float) -> None:
+    """1,000 trained elements, the largest tensor has 10; hardly any activations."""
+    placement = Placement(ranks_per_node=ranks, stage=stage, precision=precision, gloo=True)  # type: ignore[arg-type]
+    config = replace(CONFIG, batch=BatchConfig(global_size=32, micro_size=4))
+    need = estimate.memory(config, size_of(1000), placement, 0.0)
+    width = 2 if precision == "bf16" else 4
+    total = need.gradients + need.buffers - CPU_PROCESS_BYTES
+    gradients = 0.0 if (stage, ranks) == (1, 1) else width * 1000 / (ranks if stage > 1 else 1)
+    assert total == gradients + buffers
+
+
+def test_many_activations_outweigh_what_comes_after_them() -> None:
+    size, placement = size_of(1000), Placement(ranks_per_node=4, stage=2)
+    few, many = (
+        at_fullest(size, placement, activations, several=True) for activations in (1e3, 1e6)
+    )
+    assert (few.activations, many.activations) == (0, 1e6)
+    assert many.total == 4 * 1000 + 12 * 250 + 4 * 250 + 1e6 + 4 * BUCKET
 
 
 def test_calibration_leaves_the_threads_alone() -> None:
