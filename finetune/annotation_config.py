@@ -49,7 +49,7 @@ class AnnotateConfig:
     batch_size: int | Literal["auto"] = "auto"
     """Cells per forward pass; the result does not depend on it. `auto` goes by the memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that the encoder calculates with: `bfloat16` is two to three times as fast where the
+    """Numbers that the encoder calculates with: `bfloat16` is several times as fast where the
     processor has it, and moves probabilities in the third digit."""
     tracking_uri: str | None = None
     """Registry to pull from; none takes MLFLOW_TRACKING_URI, else ./mlflow.db (SQLite)."""
