@@ -110,11 +110,13 @@ def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
 
 
 LEADER = """
+import signal
 import time
 from datastore.workers import workers
 from tests.datastore.test_workers import config, pid_and_double
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a job in the background
     with workers(config(workers=2), processes=True) as compute:
         print(*{pid for pid, _ in compute("work", [(pid_and_double, n) for n in range(30)])})
         print("ready", flush=True)
@@ -135,14 +137,17 @@ def test_processes_end_with_the_one_that_leads(tmp_path: Path, ending: signal.Si
         text=True,
         start_new_session=True,
     ) as leader:
-        assert leader.stdout is not None
-        pids = set(map(int, leader.stdout.readline().split()))
-        assert leader.stdout.readline() == "ready\n"
-        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
-        time.sleep(0.2)  # both work by now
-        os.killpg(leader.pid, ending) if ending == signal.SIGINT else leader.kill()
-        leader.wait(20)
-        wait_until_gone(pids, 20)
+        try:
+            assert leader.stdout is not None
+            pids = set(map(int, leader.stdout.readline().split()))
+            assert leader.stdout.readline() == "ready\n"
+            assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+            time.sleep(0.2)  # both work by now
+            os.killpg(leader.pid, ending) if ending == signal.SIGINT else leader.kill()
+            leader.wait(20)
+            wait_until_gone(pids, 20)
+        finally:
+            leader.kill()  # or leaving the block would wait for it
 
 
 def wait_until_gone(pids: set[int], seconds: float) -> None:
