@@ -116,7 +116,7 @@ from datastore.workers import workers
 from tests.datastore.test_workers import config, pid_and_double
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     with workers(config(workers=2), processes=True) as compute:
         print(*{pid for pid, _ in compute("work", [(pid_and_double, n) for n in range(30)])})
         print("ready", flush=True)
