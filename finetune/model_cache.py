@@ -31,6 +31,7 @@ from finetune.export_files import check_contents, verify_export
 logger = logging.getLogger(__name__)
 
 NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+NOT_WRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:
@@ -65,7 +66,8 @@ class ModelCache:
             fetch: Fills the folder it is given.
 
         Raises:
-            ValueError: If what was fetched is not what was registered, or the disk is full.
+            ValueError: If what was fetched is not what was registered, the disk is full, or the
+                folder may not be written to.
         """
         target = self.folder / digest
         try:
@@ -74,7 +76,12 @@ class ModelCache:
                 if found is None:
                     self._fetch(digest, fetch, alone)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno in NOT_WRITABLE and self._is_ours(error.filename):
+                raise ValueError(
+                    f"no models can be kept in {self.folder} ({error.strerror}); set "
+                    "XDG_CACHE_HOME to a folder you may write to"
+                ) from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(
                 f"the disk of {self.folder} is full; free some space, or set XDG_CACHE_HOME to a "
@@ -112,6 +119,11 @@ class ModelCache:
             with contextlib.suppress(ValueError):
                 known.add(str(json.loads(path.read_text(encoding="utf-8"))["reference"]))
         return sorted(known)
+
+    def _is_ours(self, name: object) -> bool:
+        """Whether an error is about the cache or a folder above it, not about what is fetched."""
+        path = Path(str(name or "."))
+        return path.is_relative_to(self.folder) or self.folder.is_relative_to(path)
 
     def _note(self, registry: str, reference: str) -> Path:
         key = hashlib.sha256(f"{registry}\n{reference}".encode()).hexdigest()

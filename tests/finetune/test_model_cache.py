@@ -168,6 +168,19 @@ def test_a_full_disk_is_one_sentence(entry: Path, digest: str, small_disk: Path)
     assert list((cache.folder / "pulls").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, digest: str) -> None:
+    (tmp_path / "file").write_text("")
+    cache = ModelCache(tmp_path / "file" / "models")
+    with pytest.raises(ValueError, match=r"no models can be kept in .*set XDG_CACHE_HOME to a"):
+        cache.add(digest, lambda folder: None)
+
+    def unreadable(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/artifacts/genes.txt")
+
+    with pytest.raises(PermissionError, match=r"/artifacts/genes\.txt"):
+        ModelCache(tmp_path / "cache").add(digest, unreadable)
+
+
 def test_references_are_remembered_by_registry(tmp_path: Path) -> None:
     cache = ModelCache(tmp_path / "cache")
     cache.remember("http://a", "models:/x@champion", {"digest": "1"})

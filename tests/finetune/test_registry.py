@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -417,11 +419,37 @@ def test_registry_is_more_patient_than_a_tracker(uri: str, monkeypatch: pytest.M
 
 def test_registry_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ValueError, match=r"MLflow at http://127.0.0.1:9: it does not answer"):
+    sentence = r"MLflow at http://127.0.0.1:9: it does not answer; [^()]* \(Connection refused\)$"
+    with pytest.raises(ValueError, match=sentence):
         resolve_model("models:/x@y", uri="http://me:pw@127.0.0.1:9")
     with pytest.raises(ValueError, match="there is no registry at sqlite:"):
         list_models(f"sqlite:///{tmp_path}/mlflow.db")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "cure"),
+    [(401, "set MLFLOW_TRACKING_USERNAME"), (403, "which hosts"), (418, "is MLFLOW_TRACKING_URI")],
+)
+def test_registry_that_refuses(status: int, cure: str) -> None:
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ValueError, match=f"it refuses with HTTP status {status}; .*{cure}"):
+                resolve_model("models:/x@y", uri=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_run_named_in_the_export(uri: str, export: Path) -> None:
