@@ -169,6 +169,12 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
         "two": config("two"),
         "two_zero3": config("two_zero3", deepspeed=stage(3)),
         "two_stopped": config("two_stopped", stop_after=3),
+        **{
+            f"two_bf16_zero{n}": config(
+                f"two_bf16_zero{n}", deepspeed=stage(n, bf16={"enabled": True}), max_steps=4
+            )
+            for n in (1, 3)
+        },
         "two_continued": config("two_stopped"),
         "weighted_on_two": config("weighted_stopped", data=TWICE_AS_ODD),
         "grown": config("grown", deepspeed=stage(3)),
@@ -416,6 +422,15 @@ class TestTwoRanks:
         ]
         everything = [p for _, batch in trainings.one["weighted"].positions for p in batch]
         assert sorted([*before, *after]) == sorted(everything)
+
+    def test_bf16_starts_alike_under_zero_1_and_3_and_stays_near(
+        self, trainings: Trainings
+    ) -> None:
+        one, three = (trainings.series(f"two_bf16_zero{n}", "loss") for n in (1, 3))
+
+        assert len(one) == 4
+        assert three[0] == pytest.approx(one[0], rel=1e-6)
+        np.testing.assert_allclose(three, one, rtol=1e-3)  # measured: 1.8e-4 after four steps
 
     def test_held_out_metrics_are_those_of_one_rank(self, trainings: Trainings) -> None:
         for step in (4, 8):
