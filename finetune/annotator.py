@@ -22,6 +22,7 @@ from finetune.novelty import Rule, novelty_of
 from finetune.query import Query
 from finetune.registry import resolve_model
 from pretrain.export import Export
+from pretrain.products import multiplies_bf16
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,9 @@ def load_annotator(
         )
     size = auto_batch_size(classifier, device) if batch_size == "auto" else batch_size
     classifier = classifier.to(device)
+    if precision == "bfloat16" and device.type == "cpu" and not multiplies_bf16():
+        log.warning("this CPU does not multiply bfloat16 (it has no AVX-512): taking float32")
+        precision = "float32"
     return Annotator(classifier, export, resolved.uri, novelty_threshold, size, precision)
 
 

@@ -154,7 +154,10 @@ def check_torch() -> Finding:
     if shutil.which("nvidia-smi"):
         remedy = 'there is a GPU driver: install a CUDA build, make TORCH="torch==2.13.0"'
         return Finding("torch", "warning", f"{torch.__version__}, no GPU used", remedy)
-    return Finding("torch", "ok", f"{torch.__version__}, on CPU")
+    from pretrain.products import multiplies_bf16
+
+    narrow = "multiplies bf16" if multiplies_bf16() else "bf16 is no faster than float32 here"
+    return Finding("torch", "ok", f"{torch.__version__}, on CPU; {narrow}")
 
 
 def check_attention_kernel() -> Finding:

@@ -18,6 +18,7 @@ from pretrain.config import EncoderConfig
 from pretrain.favor import FavorAttention, Performer, PreLayerNorm, favor_attention
 from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.fused import split_fused
+from pretrain.products import linear
 from pretrain.published_attention import published_attention
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -59,8 +60,8 @@ class FusedFeedForward(PreLayerNorm):  # type: ignore[misc]
         inner, outer = self.fn.fn.w1, self.fn.fn.w2
         if usable(x, self.kernel, inner.weight):
             return native_feed_forward(x, self.norm, inner, outer)
-        added: Tensor = x + super().forward(x)
-        return added
+        hidden = self.fn.fn.act(linear(self.norm(x), inner.weight, inner.bias))
+        return x + linear(hidden, outer.weight, outer.bias)
 
 
 class FusedAttention(nn.Module):
@@ -99,13 +100,12 @@ class FusedAttention(nn.Module):
             attended = favor_attention(
                 q, k, v, directions, offsets, read_offsets, kernel=self.kernel
             )
-        projected: Tensor = self.to_out(attended.flatten(1))
-        return projected
+        return linear(attended.flatten(1), self.to_out.weight, self.to_out.bias)
 
     def _project(self, x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
         """Apply linear maps at once; each result is (n, H, d)."""
-        weight = torch.cat([linear.weight for linear in maps])
-        joined = nn.functional.linear(x, weight)  # (n, maps × H × d)
+        weight = torch.cat([each.weight for each in maps])
+        joined = linear(x, weight)  # (n, maps × H × d)
         return split_fused(joined.view(len(x), len(maps), self.heads, -1))
 
 

@@ -412,8 +412,9 @@ def test_reasons_are_written_where_the_scverse_looks(
 
 
 def test_bfloat16_gives_nearly_the_same_whatever_the_batch(
-    folder: Path, cells: anndata.AnnData, expected: Predictions
+    folder: Path, cells: anndata.AnnData, expected: Predictions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(annotator, "multiplies_bf16", lambda: True)
     found = [
         annotate(cells, folder / "model", copy=True, batch_size=size, precision="bfloat16")
         for size in (4, 45)
@@ -423,6 +424,20 @@ def test_bfloat16_gives_nearly_the_same_whatever_the_batch(
     np.testing.assert_allclose(probabilities[0], expected.probabilities, atol=0.15)
     assert not np.array_equal(probabilities[0], expected.probabilities)
     np.testing.assert_allclose(probabilities[0], probabilities[1], atol=0.05)
+
+
+def test_a_cpu_without_bfloat16_takes_float32_and_says_so(
+    folder: Path,
+    cells: anndata.AnnData,
+    expected: Predictions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(annotator, "multiplies_bf16", lambda: False)
+    found = annotate(cells, folder / "model", copy=True, precision="bfloat16")
+    assert found is not None
+    np.testing.assert_allclose(found.obsm["scbert_prob"], expected.probabilities, atol=1e-5)
+    assert "does not multiply bfloat16" in caplog.text
 
 
 _PEAK = """

@@ -66,7 +66,8 @@ def test_unknown_genes_are_left_out(labeller: CellLabeller) -> None:
     with_unknown = {"genes": ["GENE1", "MT-XYZ", "GENE0"], "counts": [3, 99, 1]}
     without = {"genes": ["GENE0", "GENE1"], "counts": [1, 3]}
     first, second = labeller.predict(pd.DataFrame([with_unknown, without]))
-    assert first == second
+    # Sums of the two rows of a batch may be rounded in another order.
+    assert first == {**second, "confidence": pytest.approx(second["confidence"], rel=1e-6)}
 
 
 ONE = {"genes": ["GENE0"], "counts": [1]}
