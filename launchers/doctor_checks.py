@@ -164,9 +164,11 @@ def check_attention_kernel() -> Finding:
     """Whether this CPU runs the native attention, which is several times faster."""
     from pretrain.native import missing
 
-    if reason := missing():
+    if reason := missing("float32"):
         return Finding("attention kernel", "warning", reason, "attention runs in plain PyTorch")
-    return Finding("attention kernel", "ok", "native")
+    if reason := missing("bf16"):
+        return Finding("attention kernel", "ok", f"native to label cells; to train, {reason}")
+    return Finding("attention kernel", "ok", "native, to train in bf16 and to label cells")
 
 
 def check_mlflow(uri: str | None, environ: Mapping[str, str], cwd: Path) -> Finding:

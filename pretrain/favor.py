@@ -44,9 +44,9 @@ EPSILON = 1e-4
 """Added to every feature, relative to the largest; performer-pytorch's value."""
 
 KERNELS = ("auto", "native", "torch", "reference")
-"""Implementations: `native` is compiled for this CPU and takes bf16, `torch` works in tiles of the
-sequence, `reference` writes the whole feature maps down (to compare with), `auto` takes the first
-of these that can run."""
+"""Implementations: `native` is compiled for this CPU and takes bf16, or float32 without gradients;
+`torch` works in tiles of the sequence, `reference` writes the whole feature maps down (to compare
+with), `auto` takes the first of these that can run."""
 
 _logger = logging.getLogger(__name__)
 

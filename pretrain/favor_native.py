@@ -1,6 +1,7 @@
-"""FAVOR+ attention by a native CPU kernel, `favor_native.cpp`.
+"""FAVOR+ attention by native CPU kernels.
 
-For bf16 inputs on x86-64 with AVX-512; `unavailable` says why it cannot run elsewhere.
+bf16 inputs take `favor_native.cpp`, on x86-64 with AVX-512; float32 inputs without gradients
+`float32_native.cpp`. `unavailable` says why neither can run.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain import float32_native
 from pretrain.fused import empty_slices
 from pretrain.native import best_variant, load, missing, run
 
@@ -32,7 +34,8 @@ def native_attention(
     The result does not depend on the number of threads (`torch.get_num_threads`).
 
     Args:
-        q: Queries, bf16 on the CPU, (Q, H, d); as `k` and `v`, of any strides but the last.
+        q: Queries, bf16 or (without gradients) float32 on the CPU, (Q, H, d); as `k` and `v`, of
+            any strides but the last.
         k: Keys, (tokens, H, d).
         v: Values, (tokens, H, d).
         projection: Random directions, (m, d).
@@ -42,8 +45,10 @@ def native_attention(
         variant: A key of `pretrain.native.VARIANTS`; by default the fastest this machine has.
 
     Returns:
-        Attended values, bf16 (Q, H, d).
+        Attended values, (Q, H, d), of the same type.
     """
+    if q.dtype == torch.float32:
+        return float32_native.attend(q, k, v, projection, epsilon, offsets, query_offsets, variant)
     variant = variant or best_variant()
     attended: Tensor = _NativeAttention.apply(
         q, k, v, projection, epsilon, offsets.contiguous(), query_offsets.contiguous(), variant
@@ -53,8 +58,10 @@ def native_attention(
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernel cannot attend to these tensors here, or None if it can."""
+    if all(x.dtype == torch.float32 for x in (q, k, v)):
+        return float32_native.unavailable(q, k, v)
     if any(x.dtype != torch.bfloat16 for x in (q, k, v)):
-        return f"it takes bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+        return f"it takes bfloat16 or float32, not {str(q.dtype).removeprefix('torch.')}"
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
     if q.shape[-1] > MAX_DIM:

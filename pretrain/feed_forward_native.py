@@ -1,7 +1,8 @@
-"""Feed-forward with its norm and residual by a native CPU kernel, `feed_forward_native.cpp`.
+"""Feed-forward with its norm and residual by native CPU kernels.
 
-One pass over the rows. What lies between (normalized rows, hidden units before and after GELU) is
-never written and is computed again in the backward pass: only the input is kept for it.
+`feed_forward_native.cpp` takes bf16; `float32_native.cpp` float32, without gradients. They go over
+the rows once. What lies between (normalized rows, hidden units before and after GELU) is never
+written and is computed again in the backward pass: only the input is kept for it.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pretrain import float32_native
 from pretrain.native import best_variant, load, missing, run
 
 KERNELS = ("auto", "native")
@@ -21,11 +23,15 @@ KERNELS = ("auto", "native")
 def usable(x: Tensor, kernel: str, *weights: Tensor) -> bool:
     """Whether the kernels can take a layer's input and weights here.
 
-    They take bf16 on the CPU; under autocast to bf16 float32 too, of which products are rounded.
+    They take bf16 on the CPU; under autocast to bf16 float32 too, of which products are rounded;
+    and float32 where no gradients are asked for.
     """
     if kernel not in KERNELS or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     narrow = torch.bfloat16
+    if not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        same = all(weight.dtype == x.dtype for weight in weights)
+        return same and float32_native.unavailable(x, *weights) is None
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != narrow:
             return False
@@ -52,6 +58,8 @@ def native_feed_forward(
     Returns:
         As `x`.
     """
+    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return float32_native.feed_forward(x, norm, inner, outer, variant)
     parameters = norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
     out: Tensor = _FeedForward.apply(x, norm.eps, variant or best_variant(), *parameters)
     return out

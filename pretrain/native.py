@@ -1,10 +1,11 @@
 """Native CPU kernels, compiled on first use for what this processor can do.
 
-They are for x86-64 with AVX-512; `missing` says what stands against them elsewhere. The library is
-compiled by the C++ compiler that DeepSpeed needs too ($CXX, else g++ or c++) into
-`$SCBERT_KERNEL_CACHE` or `~/.cache/scbert-scale`; its name is a digest of the sources, the flags
-and the compiler. It is compiled beside its name and then renamed, one process at a time, under a
-lock that the system releases when its owner dies.
+There are two families: `bf16`, forward and backward, for x86-64 with AVX-512, and `float32`,
+forward only, for AVX2 too; `missing` says what stands against one elsewhere. A library is compiled
+by the C++ compiler that DeepSpeed needs too ($CXX, else g++ or c++) into `$SCBERT_KERNEL_CACHE` or
+`~/.cache/scbert-scale`; its name is a digest of the sources, the flags and the compiler. It is
+compiled beside its name and then renamed, one process at a time, under a lock that the system
+releases when its owner dies.
 """
 
 import ctypes
@@ -15,32 +16,54 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("favor_native.cpp", "feed_forward_native.cpp", "native_tiles.h")
-)
-COMMON_FLAGS = (
-    "-std=c++17 -O3 -w -fPIC -shared -pthread -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-)
-VARIANTS = {
-    "amx": (
-        {"amx_tile", "amx_bf16", "avx512_bf16"},
-        "-mavx512bf16 -mamx-tile -mamx-bf16 -DFAVOR_AMX",
-    ),
-    "avx512": ({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}, ""),
+Family = Literal["bf16", "float32"]
+
+COMMON_FLAGS: Final = "-std=c++17 -O3 -w -fPIC -shared -pthread -ffp-contract=fast"
+SOURCES: Final[Mapping[Family, tuple[str, ...]]] = {
+    "bf16": ("favor_native.cpp", "feed_forward_native.cpp", "native_tiles.h", "native_threads.h"),
+    "float32": ("float32_native.cpp", "native_threads.h"),
 }
-"""Builds by name, fastest first: CPU flags they need besides the last one's, and compiler flags."""
+_AVX512: Final = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A build: what it is of, and the CPU flags that it needs and is compiled for."""
+
+    family: Family
+    needs: tuple[str, ...]
+    more: str = ""
+    """Flags for the compiler besides."""
+
+    @property
+    def flags(self) -> str:
+        """What the compiler is told."""
+        names = (name.replace("avx512_", "avx512").replace("_", "-") for name in self.needs)
+        cpu = " ".join(f"-m{name}" for name in names)
+        return f"{COMMON_FLAGS} {cpu} {self.more}"
+
+
+VARIANTS: Final[Mapping[str, Variant]] = {
+    "amx": Variant("bf16", (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"), "-DFAVOR_AMX"),
+    "avx512": Variant("bf16", _AVX512),
+    "float32_avx512": Variant("float32", _AVX512),
+    "float32_avx2": Variant("float32", ("avx2", "fma")),
+}
+"""Builds by name, the fastest of a family first."""
 
 
 @functools.cache
-def missing() -> str | None:
-    """What this machine lacks to run the kernel, or None; compiles it at the first call."""
-    variants = supported_variants()
+def missing(family: Family = "bf16") -> str | None:
+    """What this machine lacks to run a family, or None; compiles it at the first call."""
+    variants = supported_variants(family)
     if not variants:
-        return "the CPU has no AVX-512 (x86-64 with F, BW, VL and DQ)"
+        least = {"bf16": "AVX-512 (x86-64 with F, BW, VL and DQ)", "float32": "AVX2 (x86-64)"}
+        return f"the CPU has no {least[family]}"
     try:
         load(variants[0])
     except (OSError, subprocess.SubprocessError) as problem:
@@ -49,21 +72,21 @@ def missing() -> str | None:
 
 
 @functools.cache
-def supported_variants() -> tuple[str, ...]:
-    """The builds this CPU can run, fastest first."""
+def supported_variants(family: Family = "bf16") -> tuple[str, ...]:
+    """The builds of a family that this CPU can run, fastest first."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return ()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     flags = set(line.split())
-    base = VARIANTS["avx512"][0]
-    return tuple(name for name, (needed, _) in VARIANTS.items() if needed | base <= flags)
+    of = (name for name, variant in VARIANTS.items() if variant.family == family)
+    return tuple(name for name in of if flags.issuperset(VARIANTS[name].needs))
 
 
-def best_variant() -> str:
-    """The fastest build this CPU can run."""
-    return supported_variants()[0]
+def best_variant(family: Family = "bf16") -> str:
+    """The fastest build of a family that this CPU can run."""
+    return supported_variants(family)[0]
 
 
 @functools.cache
@@ -75,7 +98,7 @@ def load(variant: str) -> ctypes.CDLL:
         subprocess.SubprocessError: If the compiler fails.
     """
     library = ctypes.CDLL(str(build(variant)))
-    if library.favor_prepare():
+    if VARIANTS[variant].family == "bf16" and library.favor_prepare():
         raise OSError("the system does not let this process use AMX tiles")
     return library
 
@@ -86,9 +109,10 @@ def build(variant: str) -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (install g++ or set CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    command = [compiler, *COMMON_FLAGS.split(), *VARIANTS[variant][1].split()]
-    command += [str(source) for source in SOURCES if source.suffix == ".cpp"]
-    text = b"".join(source.read_bytes() for source in SOURCES)
+    sources = [Path(__file__).parent / name for name in SOURCES[VARIANTS[variant].family]]
+    command = [compiler, *VARIANTS[variant].flags.split()]
+    command += [str(source) for source in sources if source.suffix == ".cpp"]
+    text = b"".join(source.read_bytes() for source in sources)
     digest = hashlib.sha256(text + version + " ".join(command).encode())
     folder = Path(os.environ.get("SCBERT_KERNEL_CACHE") or Path.home() / ".cache" / "scbert-scale")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-// What the native kernels share: vectors of 16 floats, one matrix product, memory, threads.
+// What the bf16 kernels share: vectors of 16 floats and one matrix product.
 //
 // There is one kind of matrix product, `multiply`: C (rows x N, float) = A (rows x K, bf16) times
 // B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what the
@@ -9,26 +9,16 @@
 #pragma once
 #include <immintrin.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "native_threads.h"
 
 using bf16 = uint16_t;
-using i64 = int64_t;
 
 namespace {
 
 constexpr int STRIP = 32;  // rows at a time
 constexpr float LOG2E = 1.44269504089f;
-
-i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 // ---- vectors ----------------------------------------------------------------------------------
 
@@ -190,46 +180,6 @@ void multiply(float* c, const bf16* a, i64 lda, const uint32_t* b, i64 n, i64 k,
       else
         multiply_columns<false>(to, n, a + r * lda, lda, b + j, n, k, add);
     }
-}
-
-// ---- memory and threads -----------------------------------------------------------------------
-
-class Memory {  // buffers of one worker; freed with it
-  std::vector<void*> held;
-
- public:
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  ~Memory() { for (void* p : held) std::free(p); }
-  template <class T> T* make(i64 n) {  // zeroed, aligned, and padded for the loads of whole vectors
-    size_t bytes = round_up(n * sizeof(T), 64) + 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    held.push_back(p);
-    return (T*)std::memset(p, 0, bytes);
-  }
-};
-
-// Run `work(next)` on threads of its own; each takes numbers below `tasks` from `next` until none
-// is left. Returns whether memory ran out.
-template <class Work> bool in_parallel(i64 threads, i64 tasks, Work work) {
-  std::atomic<i64> next{0};
-  std::atomic<bool> failed{false};
-  auto guarded = [&] {
-    try {
-      work(next);
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (i64 i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(guarded);
-  } catch (const std::system_error&) {
-  }  // no more threads to be had: those there are do the work
-  guarded();
-  for (std::thread& other : others) other.join();
-  return failed;
 }
 
 }  // namespace

@@ -223,7 +223,6 @@ PACKED = {"offsets": [0, 3, 6]}
         pytest.param(
             (2, 6, H, D), {"kernel": "cuda"}, "kernel is 'cuda'; choose one of auto", id="kernel"
         ),
-        pytest.param((2, 6, H, D), {"kernel": "native"}, "takes bfloat16, not float32", id="type"),
         pytest.param((6, H, D), {}, r"give \(B, n, H, d\)", id="dense without cells"),
         pytest.param((2, 6, H, D), PACKED, r"give \(tokens, H, d\)", id="packed with cells"),
         pytest.param((2, 6, H, D + 1), {}, "need the heads' width, 9", id="width"),

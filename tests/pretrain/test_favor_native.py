@@ -15,7 +15,7 @@ from pretrain.native import VARIANTS, supported_variants
 EPSILON = 1e-3
 
 
-@pytest.fixture(params=sorted(VARIANTS))
+@pytest.fixture(params=[name for name in VARIANTS if VARIANTS[name].family == "bf16"])
 def variant(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if name not in supported_variants():

@@ -37,7 +37,7 @@ def test_another_source_is_another_library(
     for number in (1, 2):
         source = tmp_path / f"{number}.cpp"
         source.write_text(f"int answer() {{ return {number}; }}")
-        monkeypatch.setattr(native, "SOURCES", (source,))
+        monkeypatch.setattr(native, "SOURCES", {"bf16": (str(source),)})
         native.build("avx512")
 
     assert len(list(folder.glob("*.so"))) == 2
@@ -48,7 +48,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
 ) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("#error not today\n")
-    monkeypatch.setattr(native, "SOURCES", (source,))
+    monkeypatch.setattr(native, "SOURCES", {"bf16": (str(source),)})
 
     with pytest.raises(OSError, match=r"could not compile the native kernels: .*not today"):
         native.build("avx512")
@@ -61,3 +61,8 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler \(install g\+\+"):
         native.build("avx512")
+
+
+@pytest.mark.parametrize("name", native.VARIANTS)
+def test_every_build_compiles_whatever_this_cpu_is(name: str) -> None:
+    assert native.build(name).exists()

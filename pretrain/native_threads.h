@@ -1,0 +1,57 @@
+// What all native kernels share: memory of a worker, and threads.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+using i64 = int64_t;
+
+namespace {
+
+i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+class Memory {  // buffers of one worker; freed with it
+  std::vector<void*> held;
+
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  ~Memory() { for (void* p : held) std::free(p); }
+  template <class T> T* make(i64 n) {  // zeroed, aligned, and padded for the loads of whole vectors
+    size_t bytes = round_up(n * sizeof(T), 64) + 64;
+    void* p = std::aligned_alloc(64, bytes);
+    if (!p) throw std::bad_alloc();
+    held.push_back(p);
+    return (T*)std::memset(p, 0, bytes);
+  }
+};
+
+// Run `work(next)` on threads of its own; each takes numbers below `tasks` from `next` until none
+// is left. Returns whether memory ran out.
+template <class Work> bool in_parallel(i64 threads, i64 tasks, Work work) {
+  std::atomic<i64> next{0};
+  std::atomic<bool> failed{false};
+  auto guarded = [&] {
+    try {
+      work(next);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (i64 i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(guarded);
+  } catch (const std::system_error&) {
+  }  // no more threads to be had: those there are do the work
+  guarded();
+  for (std::thread& other : others) other.join();
+  return failed;
+}
+
+}  // namespace

@@ -1,0 +1,151 @@
+"""The float32 kernels against whole feature maps and plain layers in float64, build by build."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import EncoderConfig
+from pretrain.encoder import build_encoder
+from pretrain.favor import draw_projection, favor_attention
+from pretrain.feed_forward_native import usable
+from pretrain.float32_native import attend, feed_forward
+from pretrain.native import VARIANTS, supported_variants
+from tests.support.tiny import BINNING, NUM_GENES
+
+EPSILON = 1e-3
+
+
+@pytest.fixture(params=[name for name in VARIANTS if VARIANTS[name].family == "float32"])
+def variant(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name not in supported_variants("float32"):
+        pytest.skip(f"this CPU cannot run the {name} build")
+    return name
+
+
+class Cells:
+    """Seeded packed cells of some lengths, and their queries."""
+
+    def __init__(
+        self, lengths: list[int], queries: list[int] | None, heads: int, dim: int, features: int
+    ) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
+        self.query_offsets = torch.tensor([0, *(queries or lengths)]).cumsum(0)
+        num_keys, num_queries = int(self.offsets[-1]), int(self.query_offsets[-1])
+        self.q = torch.randn(num_queries, heads, dim, generator=random)
+        self.k = torch.randn(num_keys, heads, dim, generator=random)
+        self.v = torch.randn(num_keys, heads, dim, generator=random)
+        self.projection = draw_projection(features, dim, 0)
+
+    def native(self, variant: str) -> Tensor:
+        offsets = self.offsets, self.query_offsets
+        return attend(self.q, self.k, self.v, self.projection, EPSILON, *offsets, variant)
+
+    def exact(self) -> Tensor:
+        q, k, v = (x.double() for x in (self.q, self.k, self.v))
+        offsets = self.offsets, self.query_offsets
+        return favor_attention(
+            q, k, v, self.projection, *offsets, kernel="reference", epsilon=EPSILON
+        )
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(Cells([70], None, 2, 64, 266), id="published width"),
+        pytest.param(Cells([33, 1, 300, 5], [5, 1, 0, 11], 3, 64, 266), id="chosen queries"),
+        pytest.param(Cells([40, 9], None, 2, 8, 24), id="narrow heads"),
+        pytest.param(Cells([100], None, 2, 33, 50), id="odd widths"),
+        pytest.param(Cells([64, 128], None, 1, 128, 33), id="whole strips"),
+        pytest.param(Cells([5_000], None, 1, 32, 110), id="long"),
+    ],
+)
+def test_attention_is_the_formula(given: Cells, variant: str) -> None:
+    assert error(given.native(variant), given.exact()) < 5e-6  # worst seen 1e-6
+
+
+def test_extreme_exponents_stay_right(variant: str) -> None:
+    given = Cells([400], None, 2, 64, 266)
+    given.q, given.k = (50 * x / x.norm(dim=-1, keepdim=True) for x in (given.q, given.k))
+    # Exponents reach some 150 and |k|²/2 is 156: float32 keeps five digits of them.
+    assert error(given.native(variant), given.exact()) < 1e-3
+    # Small keys have the larger exponents: the running maximum rises again and again.
+    given = Cells([700], None, 1, 8, 24)
+    given.k *= torch.linspace(6, 0.1, 700)[:, None, None]
+    assert error(given.native(variant), given.exact()) < 1e-5
+
+
+def test_a_cell_does_not_depend_on_its_mates_nor_on_threads(variant: str) -> None:
+    together = Cells([50, 300, 7], [50, 3, 7], 3, 64, 266)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(together.native(variant))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    alone = Cells([300], [3], 3, 64, 266)
+    alone.q, alone.k, alone.v = together.q[50:53], together.k[50:350], together.v[50:350]
+    assert torch.equal(alone.native(variant), results[0][50:53])
+    alone.k, alone.v = (torch.stack([x, x], 1)[:, 1] for x in (alone.k, alone.v))
+    assert not alone.k.is_contiguous()
+    assert torch.equal(alone.native(variant), results[0][50:53])
+
+
+@pytest.mark.parametrize("shape", [(70, 64, 256), (1, 200, 800), (130, 33, 50)])
+def test_feed_forward_is_that_of_the_layers(shape: tuple[int, int, int], variant: str) -> None:
+    rows, width, hidden = shape
+    torch.manual_seed(0)
+    norm, inner, outer = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = 3 * torch.randn(rows, width) + 1
+    wide = [copy.deepcopy(layer).double() for layer in (norm, inner, outer)]
+    with torch.no_grad():
+        found = feed_forward(x, norm, inner, outer, variant)
+        hidden_units = nn.functional.gelu(wide[1](wide[0](x.double())))
+        exact = x.double() + wide[2](hidden_units)
+        assert error(found, exact) < 2e-6  # worst seen 4e-7
+        assert torch.equal(feed_forward(x[-1:], norm, inner, outer, variant), found[-1:])
+
+
+@pytest.mark.skipif(not supported_variants("float32"), reason="this CPU cannot run the kernels")
+class TestChoice:
+    def test_auto_is_native_where_no_gradients_are_asked_for(self) -> None:
+        given = Cells([40, 30], None, 2, 64, 266)
+        arguments = given.q, given.k, given.v, given.projection, given.offsets
+        expected = given.native(supported_variants("float32")[0])
+        for name in ("auto", "native"):
+            found = favor_attention(*arguments, kernel=name, epsilon=EPSILON)
+            assert torch.equal(found, expected)
+        given.q.requires_grad_()
+        assert favor_attention(*arguments, epsilon=EPSILON).requires_grad
+        with pytest.raises(ValueError, match="in float32 it gives no gradients"):
+            favor_attention(*arguments, kernel="native")
+        with torch.no_grad():
+            assert torch.equal(favor_attention(*arguments, epsilon=EPSILON), expected)
+
+    def test_an_encoder_gives_the_same_states(self) -> None:
+        states = {}
+        for kernel in ("auto", "torch"):
+            config = EncoderConfig(dim=48, depth=2, heads=2, dim_head=24, kernel=kernel)
+            encoder = build_encoder(config, BINNING, NUM_GENES, seed=0).eval()
+            layer = encoder.performer.net.layers[0][1]
+            with torch.no_grad():
+                assert usable(torch.ones(1, 48), kernel, layer.norm.weight) is (kernel == "auto")
+                states[kernel] = encoder(torch.randint(5, (3, NUM_GENES), generator=_seeded()))
+            assert not usable(torch.ones(1, 48), kernel, layer.norm.weight)
+        assert error(states["auto"], states["torch"].double()) < 1e-5
+        assert not torch.equal(states["auto"], states["torch"])
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
