@@ -167,8 +167,8 @@ def check_attention_kernel() -> Finding:
     if reason := missing("float32"):
         return Finding("attention kernel", "warning", reason, "attention runs in plain PyTorch")
     if reason := missing("bf16"):
-        return Finding("attention kernel", "ok", f"native to label cells; to train, {reason}")
-    return Finding("attention kernel", "ok", "native, to train in bf16 and to label cells")
+        return Finding("attention kernel", "ok", f"native in float32; for bf16 {reason}")
+    return Finding("attention kernel", "ok", "native, in float32 and bf16")
 
 
 def check_mlflow(uri: str | None, environ: Mapping[str, str], cwd: Path) -> Finding:

@@ -44,7 +44,7 @@ EPSILON = 1e-4
 """Added to every feature, relative to the largest; performer-pytorch's value."""
 
 KERNELS = ("auto", "native", "torch", "reference")
-"""Implementations: `native` is compiled for this CPU and takes bf16, or float32 without gradients;
+"""Implementations: `native` is compiled for this CPU and takes bf16 and float32;
 `torch` works in tiles of the sequence, `reference` writes the whole feature maps down (to compare
 with), `auto` takes the first of these that can run."""
 

@@ -1,11 +1,12 @@
 """FAVOR+ attention by native CPU kernels.
 
-bf16 inputs take `favor_native.cpp`, on x86-64 with AVX-512; float32 inputs without gradients
-`float32_native.cpp`. `unavailable` says why neither can run.
+bf16 inputs take `favor_native.cpp`, on x86-64 with AVX-512; float32 inputs `float32_attention.cpp`,
+with AVX2 too. `unavailable` says why neither can run.
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from pretrain import float32_native
 from pretrain.fused import empty_slices
-from pretrain.native import best_variant, load, missing, run
+from pretrain.native import Family, best_variant, load, missing, run
 
 MAX_DIM = 512
 """Widest head; the kernel rounds a row of it on the stack."""
+_FAMILIES: Final[Mapping[torch.dtype, Family]] = {
+    torch.bfloat16: "bf16",
+    torch.float32: "float32",
+}
 
 
 def native_attention(
@@ -34,8 +39,8 @@ def native_attention(
     The result does not depend on the number of threads (`torch.get_num_threads`).
 
     Args:
-        q: Queries, bf16 or (without gradients) float32 on the CPU, (Q, H, d); as `k` and `v`, of
-            any strides but the last.
+        q: Queries, bf16 or float32 on the CPU, (Q, H, d); as `k` and `v`, of any strides but the
+            last.
         k: Keys, (tokens, H, d).
         v: Values, (tokens, H, d).
         projection: Random directions, (m, d).
@@ -58,15 +63,13 @@ def native_attention(
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernel cannot attend to these tensors here, or None if it can."""
-    if all(x.dtype == torch.float32 for x in (q, k, v)):
-        return float32_native.unavailable(q, k, v)
-    if any(x.dtype != torch.bfloat16 for x in (q, k, v)):
+    if q.dtype not in _FAMILIES or not q.dtype == k.dtype == v.dtype:
         return f"it takes bfloat16 or float32, not {str(q.dtype).removeprefix('torch.')}"
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
     if q.shape[-1] > MAX_DIM:
         return f"heads are {q.shape[-1]} wide, {MAX_DIM} at most"
-    return missing()
+    return missing(_FAMILIES[q.dtype])
 
 
 class _Rows(ctypes.Structure):

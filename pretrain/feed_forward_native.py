@@ -1,6 +1,6 @@
 """Feed-forward with its norm and residual by native CPU kernels.
 
-`feed_forward_native.cpp` takes bf16; `float32_native.cpp` float32, without gradients. They go over
+`feed_forward_native.cpp` takes bf16; `float32_feed_forward.cpp` float32, forward only. They go over
 the rows once. What lies between (normalized rows, hidden units before and after GELU) is never
 written and is computed again in the backward pass: only the input is kept for it.
 """
@@ -30,8 +30,7 @@ def usable(x: Tensor, kernel: str, *weights: Tensor) -> bool:
         return False
     narrow = torch.bfloat16
     if not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
-        same = all(weight.dtype == x.dtype for weight in weights)
-        return same and float32_native.unavailable(x, *weights) is None
+        return float32_native.feeds(x, *weights)
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != narrow:
             return False

@@ -1,7 +1,8 @@
-"""Attention and feed-forward in float32 by a native CPU kernel, `float32_native.cpp`.
+"""Attention and feed-forward in float32 by native CPU kernels, for x86-64 with AVX2 or AVX-512.
 
-For what needs no gradients on x86-64 with AVX2 or AVX-512: labelling and embedding cells. A row's
-result does not depend on its neighbours, and no result on the number of threads.
+`float32_attention.cpp` goes forward and backward, `float32_feed_forward.cpp` forward only: PyTorch
+leaves little to gain in its backward pass. A row's result does not depend on its neighbours, and no
+result on the number of threads.
 """
 
 import ctypes
@@ -9,17 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from pretrain.fused import empty_slices
 from pretrain.native import best_variant, load, missing, run
-
-
-def unavailable(*tensors: Tensor) -> str | None:
-    """Why the kernels cannot take these float32 tensors here, or None if they can."""
-    if tensors[0].device.type != "cpu":
-        return f"it runs on the CPU, not on {tensors[0].device.type}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "in float32 it gives no gradients"
-    return missing("float32")
 
 
 def attend(
@@ -33,26 +27,59 @@ def attend(
     variant: str | None = None,
 ) -> Tensor:
     """Attend within packed cells, (Q, H, d) float32; see `favor_native.native_attention`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[2] ** -0.25
-    directions = (projection.detach().float() * scale).contiguous()
-    offsets, query_offsets = offsets.contiguous(), query_offsets.contiguous()
-    out = torch.empty(q.shape)
-    call = _Attention(
-        **{name: _rows(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
-        directions=directions.data_ptr(),
-        offsets=offsets.data_ptr(),
-        query_offsets=query_offsets.data_ptr(),
-        cells=len(offsets) - 1,
-        heads=q.shape[1],
-        dim=q.shape[2],
-        features=len(directions),
-        threads=torch.get_num_threads(),
-        epsilon=epsilon,
-        scale=scale,
-    )
-    run(load(variant or best_variant("float32")).float32_attention, call)
-    return out
+    settings = epsilon, offsets.contiguous(), query_offsets.contiguous()
+    library = variant or best_variant("float32")
+    attended: Tensor = _Attend.apply(q, k, v, projection, *settings, library)
+    return attended
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        projection: Tensor,
+        epsilon: float,
+        offsets: Tensor,
+        query_offsets: Tensor,
+        variant: str,
+    ) -> Tensor:
+        q, k, v = (_dense_rows(x) for x in (q, k, v))
+        heads, dim = q.shape[1:]
+        directions = (projection.float() * dim**-0.25).contiguous()
+        out = torch.empty(q.shape)
+        kept: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad):
+            cells = len(offsets) - 1
+            width, features = (round_up(n) for n in (dim, len(directions)))
+            sums = torch.empty(cells, heads, features, width + 1)
+            kept = torch.empty(q.shape[:2]), sums, torch.empty(cells, heads)
+        saved = q, k, v, out, directions, offsets, query_offsets, *kept
+        run(load(variant).float32_forward, _call(saved, epsilon))
+        ctx.save_for_backward(*saved)
+        ctx.epsilon, ctx.variant = epsilon, variant
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grad = _dense_rows(grad)
+        call, gradients = _call(saved, ctx.epsilon), empty_slices(*saved[:3])
+        call.grad = _rows(grad)
+        call.grad_q, call.grad_k, call.grad_v = (_rows(x) for x in gradients)
+        run(load(ctx.variant).float32_backward, call)
+        return *gradients, None, None, None, None, None
+
+
+def feeds(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `feed_forward` can take a float32 layer here: on the CPU, without gradients."""
+    if any(weight.dtype != torch.float32 for weight in (x, *weights)) or x.device.type != "cpu":
+        return False
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    return not wanted and missing("float32") is None
 
 
 def feed_forward(
@@ -84,8 +111,9 @@ class _Attention(ctypes.Structure):
     """Mirrors `struct Attention` of the source."""
 
     _fields_ = [
-        *((name, _Rows) for name in ("q", "k", "v", "out")),
+        *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("directions", "offsets", "query_offsets")),
+        *((name, ctypes.c_void_p) for name in ("divisors", "sums", "maxima")),
         *((name, ctypes.c_int64) for name in ("cells", "heads", "dim", "features", "threads")),
         ("epsilon", ctypes.c_double),
         ("scale", ctypes.c_double),
@@ -103,5 +131,34 @@ class _FeedForward(ctypes.Structure):
     ]
 
 
+def round_up(n: int) -> int:
+    """Fill up to whole vectors of any build."""
+    return (n + 15) // 16 * 16
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _rows(x: Tensor) -> Any:
     return _Rows(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _call(saved: tuple[Tensor, ...], epsilon: float) -> _Attention:
+    q, k, v, out, directions, offsets, query_offsets, *kept = saved
+    call = _Attention(
+        **{name: _rows(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
+        directions=directions.data_ptr(),
+        offsets=offsets.data_ptr(),
+        query_offsets=query_offsets.data_ptr(),
+        cells=len(offsets) - 1,
+        heads=q.shape[1],
+        dim=q.shape[2],
+        features=len(directions),
+        threads=torch.get_num_threads(),
+        epsilon=epsilon,
+        scale=q.shape[2] ** -0.25,
+    )
+    for name, tensor in zip(("divisors", "sums", "maxima"), kept, strict=False):
+        setattr(call, name, tensor.data_ptr())
+    return call

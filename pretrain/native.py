@@ -1,11 +1,10 @@
 """Native CPU kernels, compiled on first use for what this processor can do.
 
-There are two families: `bf16`, forward and backward, for x86-64 with AVX-512, and `float32`,
-forward only, for AVX2 too; `missing` says what stands against one elsewhere. A library is compiled
-by the C++ compiler that DeepSpeed needs too ($CXX, else g++ or c++) into `$SCBERT_KERNEL_CACHE` or
-`~/.cache/scbert-scale`; its name is a digest of the sources, the flags and the compiler. It is
-compiled beside its name and then renamed, one process at a time, under a lock that the system
-releases when its owner dies.
+There are two families, `bf16` for x86-64 with AVX-512 and `float32` for AVX2 too; `missing` says
+what stands against one elsewhere. A library is compiled by the C++ compiler that DeepSpeed needs
+too ($CXX, else g++ or c++) into `$SCBERT_KERNEL_CACHE` or `~/.cache/scbert-scale`; its name is a
+digest of the sources, the flags and the compiler. It is compiled beside its name and then renamed,
+one process at a time, under a lock that the system releases when its owner dies.
 """
 
 import ctypes
@@ -26,7 +25,12 @@ Family = Literal["bf16", "float32"]
 COMMON_FLAGS: Final = "-std=c++17 -O3 -w -fPIC -shared -pthread -ffp-contract=fast"
 SOURCES: Final[Mapping[Family, tuple[str, ...]]] = {
     "bf16": ("favor_native.cpp", "feed_forward_native.cpp", "native_tiles.h", "native_threads.h"),
-    "float32": ("float32_native.cpp", "native_threads.h"),
+    "float32": (
+        "float32_attention.cpp",
+        "float32_feed_forward.cpp",
+        "float32_vectors.h",
+        "native_threads.h",
+    ),
 }
 _AVX512: Final = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 

@@ -5,9 +5,11 @@ a product is made in float32 and rounded once, which is also what the faster CPU
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -30,8 +32,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_slow(x):
         return nn.functional.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
+        product: Tensor = _WideLinear.apply(x, weight, bias)
+    return product
+
+
+class _WideLinear(torch.autograd.Function):
+    """Products in float32, of tensors that are kept as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         wide = None if bias is None else bias.float()
         return nn.functional.linear(x.float(), weight.float(), wide).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        grad, rows = grad.flatten(0, -2).float(), x.flatten(0, -2).float()
+        grad_x = (grad @ weight.float()).to(x.dtype).view(x.shape)
+        grad_bias = None if bias is None else grad.sum(0).to(bias.dtype)
+        return grad_x, (grad.t() @ rows).to(weight.dtype), grad_bias
 
 
 def _is_slow(x: Tensor) -> bool:

@@ -155,7 +155,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CASES: dict[str, Callable[[int], Trainer]] = {
     "performer_pytorch": lambda n: Trainer(Published(n), FP32),
     "performer_pytorch_autocast": lambda n: Trainer(Published(n), FP32, autocast=True),
-    "fp32": lambda n: Trainer(Ours(n, kernel="torch"), FP32),
+    "fp32": lambda n: Trainer(Ours(n), FP32),
     "torch": lambda n: Trainer(Ours(n, kernel="torch"), BF16),
     "native": lambda n: Trainer(Ours(n, kernel="native"), BF16),
     "native_checkpointed": lambda n: Trainer(Ours(n, kernel="native", checkpointing=True), BF16),

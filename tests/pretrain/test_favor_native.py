@@ -183,7 +183,7 @@ class TestChoice:
 def test_a_machine_without_it_falls_back_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(favor_native, "missing", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(favor_native, "missing", lambda family: "there is no C++ compiler")
     favor._note_fallback.cache_clear()
     given = Packed([40], None, 2, 64, 266)
     arguments = given.q, given.k, given.v, given.projection, given.offsets

@@ -45,11 +45,27 @@ class Cells:
         return attend(self.q, self.k, self.v, self.projection, EPSILON, *offsets, variant)
 
     def exact(self) -> Tensor:
-        q, k, v = (x.double() for x in (self.q, self.k, self.v))
+        return self._exact(*(x.double() for x in (self.q, self.k, self.v)))
+
+    def gradients(self, variant: str) -> list[Tensor]:
+        q, k, v = leaves = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
+        offsets = self.offsets, self.query_offsets
+        out = attend(q, k, v, self.projection, EPSILON, *offsets, variant)
+        return self._gradients(out, leaves)
+
+    def exact_gradients(self) -> list[Tensor]:
+        leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
+        return self._gradients(self._exact(*leaves), leaves)
+
+    def _exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         offsets = self.offsets, self.query_offsets
         return favor_attention(
             q, k, v, self.projection, *offsets, kernel="reference", epsilon=EPSILON
         )
+
+    def _gradients(self, out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        return list(torch.autograd.grad(out, leaves, grad.to(out.dtype)))
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -69,6 +85,8 @@ def error(found: Tensor, exact: Tensor) -> float:
 )
 def test_attention_is_the_formula(given: Cells, variant: str) -> None:
     assert error(given.native(variant), given.exact()) < 5e-6  # worst seen 1e-6
+    for found, exact in zip(given.gradients(variant), given.exact_gradients(), strict=True):
+        assert error(found, exact) < 5e-6
 
 
 def test_extreme_exponents_stay_right(variant: str) -> None:
@@ -76,10 +94,22 @@ def test_extreme_exponents_stay_right(variant: str) -> None:
     given.q, given.k = (50 * x / x.norm(dim=-1, keepdim=True) for x in (given.q, given.k))
     # Exponents reach some 150 and |k|²/2 is 156: float32 keeps five digits of them.
     assert error(given.native(variant), given.exact()) < 1e-3
+    assert all(bool(gradient.isfinite().all()) for gradient in given.gradients(variant))
     # Small keys have the larger exponents: the running maximum rises again and again.
     given = Cells([700], None, 1, 8, 24)
     given.k *= torch.linspace(6, 0.1, 700)[:, None, None]
     assert error(given.native(variant), given.exact()) < 1e-5
+    for found, exact in zip(given.gradients(variant), given.exact_gradients(), strict=True):
+        assert error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_a_number_is_not_hidden(name: str, variant: str) -> None:
+    given = Cells([100, 70], None, 1, 8, 24)
+    getattr(given, name)[120, 0, 3] = torch.nan
+    found = given.native(variant)
+    assert bool(found[:100].isfinite().all())
+    assert bool(found[120].isnan().any())
 
 
 def test_a_cell_does_not_depend_on_its_mates_nor_on_threads(variant: str) -> None:
@@ -89,16 +119,17 @@ def test_a_cell_does_not_depend_on_its_mates_nor_on_threads(variant: str) -> Non
         results = []
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            results.append(together.native(variant))
+            results.append([together.native(variant), *together.gradients(variant)])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     alone = Cells([300], [3], 3, 64, 266)
     alone.q, alone.k, alone.v = together.q[50:53], together.k[50:350], together.v[50:350]
-    assert torch.equal(alone.native(variant), results[0][50:53])
+    assert torch.equal(alone.native(variant), results[0][0][50:53])
     alone.k, alone.v = (torch.stack([x, x], 1)[:, 1] for x in (alone.k, alone.v))
     assert not alone.k.is_contiguous()
-    assert torch.equal(alone.native(variant), results[0][50:53])
+    assert torch.equal(alone.native(variant), results[0][0][50:53])
 
 
 @pytest.mark.parametrize("shape", [(70, 64, 256), (1, 200, 800), (130, 33, 50)])
@@ -119,19 +150,16 @@ def test_feed_forward_is_that_of_the_layers(shape: tuple[int, int, int], variant
 
 @pytest.mark.skipif(not supported_variants("float32"), reason="this CPU cannot run the kernels")
 class TestChoice:
-    def test_auto_is_native_where_no_gradients_are_asked_for(self) -> None:
+    def test_auto_is_native(self) -> None:
         given = Cells([40, 30], None, 2, 64, 266)
         arguments = given.q, given.k, given.v, given.projection, given.offsets
         expected = given.native(supported_variants("float32")[0])
         for name in ("auto", "native"):
             found = favor_attention(*arguments, kernel=name, epsilon=EPSILON)
             assert torch.equal(found, expected)
-        given.q.requires_grad_()
-        assert favor_attention(*arguments, epsilon=EPSILON).requires_grad
-        with pytest.raises(ValueError, match="in float32 it gives no gradients"):
-            favor_attention(*arguments, kernel="native")
-        with torch.no_grad():
-            assert torch.equal(favor_attention(*arguments, epsilon=EPSILON), expected)
+        given.q = given.q.double()
+        with pytest.raises(ValueError, match="takes bfloat16 or float32, not float64"):
+            favor_attention(given.q, *arguments[1:], kernel="native")
 
     def test_an_encoder_gives_the_same_states(self) -> None:
         states = {}
