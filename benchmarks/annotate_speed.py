@@ -7,7 +7,8 @@ expressed genes a cell) these take turns, on one thread, measured in CPU seconds
 
 - `published`: performer-pytorch's blocks and attention, a cell at a time, as the published
   prediction script does.
-- `ours`: `finetune.classifier.predict`, float32, and the same in bfloat16 (`--precision bfloat16`).
+- `ours`: `finetune.classifier.predict`, float32, and the same in bfloat16 (`--precision bfloat16`)
+  where the CPU has it.
 - `expressed`: the same shape on expressed genes only (another model, trained so).
 
 Then cells per CPU second of the quickstart's shape (2 blocks × 64, 2,000 genes). Each ratio is the
@@ -41,6 +42,7 @@ from finetune.classifier import CellClassifier, predict
 from finetune.config import HeadConfig
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
+from pretrain.products import multiplies_bf16
 
 FULL: Final = EncoderConfig(dim=200, depth=6, heads=10, dim_head=64, gene_embedding="learned")
 FULL_GENES: Final = 16_906
@@ -147,20 +149,22 @@ def main() -> None:
     variants: dict[str, Callable[..., None]] = {
         "published": lambda counts: one_at_a_time(published, counts),
         "ours": labelling(FULL, FULL_GENES, narrow=False),
-        "ours_bf16": labelling(FULL, FULL_GENES, narrow=True),
         "expressed": labelling(expressed, FULL_GENES, narrow=False),
     }
+    if multiplies_bf16():
+        variants["ours_bf16"] = labelling(FULL, FULL_GENES, narrow=True)
     few, more = cells(1, FULL_GENES, 900, 0), cells(4, FULL_GENES, 900, 1)
     full = measure(
         variants, {"published": few, "ours": few, "ours_bf16": more, "expressed": more}, rounds
     )
     small = {
         "float32": labelling(QUICKSTART, QUICKSTART_GENES, narrow=False),
-        "bfloat16": labelling(QUICKSTART, QUICKSTART_GENES, narrow=True),
         "expressed": labelling(
             replace(QUICKSTART, sequence="expressed"), QUICKSTART_GENES, narrow=False
         ),
     }
+    if multiplies_bf16():
+        small["bfloat16"] = labelling(QUICKSTART, QUICKSTART_GENES, narrow=True)
     many = cells(64, QUICKSTART_GENES, 400, 2)
     quickstart = measure(small, dict.fromkeys(small, many), rounds)
     ratios = {

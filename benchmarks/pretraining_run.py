@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from finetune.example_cells import default_cache, fetch_wheel, read_baron
+from pretrain.products import multiplies_bf16
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CONFIGS: Final = ROOT / "launchers" / "configs"
@@ -37,7 +38,10 @@ def pretrained_export(options: argparse.Namespace, folder: Path) -> Path:
         config = ("--config", CONFIGS / "pretrain" / "two_cores.yaml")
         command(
             *("pretrain", *config, "--store", store, "--output", run),
-            *("--deepspeed", CONFIGS / "deepspeed" / "zero2_bf16.json"),
+            *(
+                "--deepspeed",
+                CONFIGS / "deepspeed" / ("zero2_bf16.json" if multiplies_bf16() else "zero1.json"),
+            ),
             *("--tracking.uri", f"sqlite:///{(folder / 'mlflow.db').resolve()}"),
             *(QUICK if options.quick else ()),
         )

@@ -24,6 +24,7 @@ from finetune.protocols import few_shot
 from finetune.sides import Labelled
 from pretrain.encoder import ExpressionEncoder
 from pretrain.export import Export
+from pretrain.products import multiplies_bf16
 
 MOST: Final = 10**9
 """Budget that stands for four fifths of the cells of each type."""
@@ -55,7 +56,7 @@ class Cells:
 def embed(encoder: ExpressionEncoder, counts: sparse.csr_matrix) -> Values:
     """Mean state of each cell's expressed genes and its constant position, (N, D)."""
     parts = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
         for tokens in token_batches(counts, 16, encoder):
             shown = nn.functional.pad(tokens > 0, (0, 1), value=True)  # (B, G + 1)
             sizes, tokens = shown.sum(1), nn.functional.pad(tokens, (0, 1))

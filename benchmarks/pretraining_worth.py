@@ -1,6 +1,6 @@
 """Does pretraining help? One network with pretrained and with fresh weights, by labels given.
 
-    python benchmarks/pretraining_worth.py --quick        # two minutes, proves nothing
+    python benchmarks/pretraining_worth.py --quick        # some minutes, proves nothing
     python benchmarks/pretraining_worth.py --workdir run --sources a.h5ad b.tsv.gz … \\
         --data baron=baron.h5ad kang=kang.h5ad darmanis=darmanis.h5ad pbmc3k=pbmc3k.h5ad \\
         --json result.json --document docs/pretraining.md --figure docs/images/pretraining.png

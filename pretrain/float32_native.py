@@ -29,11 +29,11 @@ def attend(
     """Attend within packed cells, (Q, H, d) float32; see `favor_native.native_attention`."""
     settings = epsilon, offsets.contiguous(), query_offsets.contiguous()
     library = variant or best_variant("float32")
-    attended: Tensor = _Attend.apply(q, k, v, projection, *settings, library)
+    attended: Tensor = _Float32Attention.apply(q, k, v, projection, *settings, library)
     return attended
 
 
-class _Attend(torch.autograd.Function):
+class _Float32Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

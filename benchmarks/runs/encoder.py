@@ -159,6 +159,8 @@ CASES: dict[str, Callable[[int], Trainer]] = {
     "torch": lambda n: Trainer(Ours(n, kernel="torch"), BF16),
     "native": lambda n: Trainer(Ours(n, kernel="native"), BF16),
     "native_checkpointed": lambda n: Trainer(Ours(n, kernel="native", checkpointing=True), BF16),
+    "fp32_checkpointed": lambda n: Trainer(Ours(n, checkpointing=True), FP32),
+    "fp32_expressed": lambda n: Trainer(Ours(n, sequence="expressed"), FP32),
     "native_expressed": lambda n: Trainer(Ours(n, kernel="native", sequence="expressed"), BF16),
 }
 
