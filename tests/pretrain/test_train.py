@@ -461,9 +461,24 @@ def continues_as_if_nothing_had_happened(
         np.testing.assert_allclose(continued, straight, rtol=1e-6)
     difference = largest_difference(trainings.export(run), trainings.export("straight"))
     assert difference < 2e-6
-    seen = [p for rank in ranks for _, batch in rank[run].positions for p in batch]
-    after = trainings.one["straight"].positions[3 * 4 :]  # 4 micro-batches a step
-    assert sorted(seen) == sorted(p for _, batch in after for p in batch)
+    seen = cells_of_steps([rank[run] for rank in ranks])
+    assert seen == cells_of_steps([trainings.one["straight"]])[-len(seen) :]
+    assert len(seen) == NUM_STEPS - 3
+
+
+def cells_of_steps(ranks: list[Outcome]) -> list[list[int]]:
+    """Store positions that all ranks trained on together, step by step; a step is 4 micro-batches."""
+    share = 4 // len(ranks)
+    steps = len(ranks[0].positions) // share
+    return [
+        sorted(
+            position
+            for rank in ranks
+            for _, batch in rank.positions[step * share : (step + 1) * share]
+            for position in batch
+        )
+        for step in range(steps)
+    ]
 
 
 @pytest.mark.slow
@@ -485,6 +500,34 @@ def test_any_number_of_ranks_continues_under_any_stage(
     ranks = run_ranks(train_each, num_ranks, folder, configs)
     for run in runs:
         continues_as_if_nothing_had_happened(run, ranks, trainings)
+
+
+@pytest.mark.slow
+def test_four_ranks_continue_what_two_began_and_two_what_four_began(trainings: Trainings) -> None:
+    """Two ranks under ZeRO 3 → four under 1; four under 1 → two under 3, and the other way round."""
+    folder = trainings.folder
+
+    def config(run: str, stage: int, **changes: Any) -> PretrainConfig:
+        path = zero_json(folder, stage)
+        return tiny_config(folder / "store", folder / run, deepspeed=path, **changes)
+
+    shutil.copytree(folder / "two_zero3_stopped", folder / "two_to_four")
+    four = run_ranks(
+        train_each,
+        4,
+        folder,
+        {
+            "two_to_four": config("two_to_four", 1),
+            "four_zero1": config("four_zero1", 1, stop_after=3),
+            "four_zero3": config("four_zero3", 3, stop_after=3),
+        },
+    )
+    two = run_ranks(
+        train_each, 2, folder, {f"four_zero{n}": config(f"four_zero{n}", 4 - n) for n in (1, 3)}
+    )
+    continues_as_if_nothing_had_happened("two_to_four", four, trainings)
+    for run in ("four_zero1", "four_zero3"):
+        continues_as_if_nothing_had_happened(run, two, trainings)
 
 
 def test_a_straggler_is_named_after_three_windows(caplog: pytest.LogCaptureFixture) -> None:
