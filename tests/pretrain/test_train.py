@@ -467,7 +467,7 @@ def continues_as_if_nothing_had_happened(
 
 
 def cells_of_steps(ranks: list[Outcome]) -> list[list[int]]:
-    """Store positions that all ranks trained on together, step by step; a step is 4 micro-batches."""
+    """Store positions that all ranks trained on, step by step; a step has 4 micro-batches."""
     share = 4 // len(ranks)
     steps = len(ranks[0].positions) // share
     return [
@@ -504,7 +504,7 @@ def test_any_number_of_ranks_continues_under_any_stage(
 
 @pytest.mark.slow
 def test_four_ranks_continue_what_two_began_and_two_what_four_began(trainings: Trainings) -> None:
-    """Two ranks under ZeRO 3 → four under 1; four under 1 → two under 3, and the other way round."""
+    """Two ranks under ZeRO 3 → four under 1; four under 1 → two under 3, and the reverse."""
     folder = trainings.folder
 
     def config(run: str, stage: int, **changes: Any) -> PretrainConfig:

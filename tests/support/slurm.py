@@ -1,7 +1,8 @@
 """A Slurm cluster on this machine: real munge, slurmctld and several slurmd, without systemd.
 
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge. Every node is a slurmd with a
-name and port of its own on this host. Nothing is left behind.
+name and port of its own on this host. Jobs of the partition `urgent` preempt those of `debug`,
+which are requeued. Nothing is left behind.
 """
 
 import contextlib
@@ -113,7 +114,10 @@ def _configuration(folder: Path, num_nodes: int) -> str:
         "SlurmdParameters=config_overrides\nSelectType=select/cons_tres\n"
         "SelectTypeParameters=CR_Core\nKillWait=5\nSlurmctldTimeout=30\nSlurmdTimeout=30\n"
         "MailProg=/bin/true\nSchedulerParameters=sched_interval=2,bf_interval=2\n"
-        f"{nodes}PartitionName=debug Nodes=ALL Default=YES MaxTime=60 State=UP\n"
+        "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+        "SlurmctldParameters=preempt_send_user_signal\n"
+        f"{nodes}PartitionName=debug Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=20\n"
+        "PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF\n"
     )
 
 
@@ -146,9 +150,8 @@ def _wait_until_idle(slurm: Slurm, num_nodes: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(AssertionError):
-            if slurm.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == [
-                f"n{number}" for number in range(1, num_nodes + 1)
-            ]:
+            idle = slurm.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()
+            if set(idle) == {f"n{number}" for number in range(1, num_nodes + 1)}:
                 return
         if time.monotonic() > deadline:
             logs = "\n".join(path.read_text() for path in sorted((slurm.folder / "log").iterdir()))
