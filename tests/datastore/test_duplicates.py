@@ -196,3 +196,17 @@ def test_cells_equal_on_the_panel_only_count_as_equal(tmp_path: Path) -> None:
     panel = PanelConfig(file=str(tmp_path / "panel.txt"))
     config = store_config(sources, tmp_path / "s.zarr", panel=panel, duplicates="drop")
     assert build_store(config).num_cells == 1
+
+
+def test_a_gene_that_one_source_lacks_matters_only_to_cells_that_express_it(tmp_path: Path) -> None:
+    """The hash is over counts above zero, so a gene not measured is like one not expressed."""
+    genes = gene_names(12)
+    whole = random_cells("a", 6, 2, genes)
+    whole.counts[0, 11], whole.counts[1, 11] = 0, 3
+    fewer = random_cells("b", 7, 2, genes[:11])
+    fewer.counts[:] = whole.counts[:, :11]
+    (tmp_path / "panel.txt").write_text("\n".join(genes))
+    panel = PanelConfig(file=str(tmp_path / "panel.txt"))
+    sources = write_sources(tmp_path, [whole, fewer])
+    config = store_config(sources, tmp_path / "s.zarr", panel=panel, duplicates="drop")
+    assert build_store(config).num_cells == 3
