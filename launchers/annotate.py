@@ -4,8 +4,6 @@ python launchers/annotate.py --model models:/scbert-pancreas@champion \
         --input cells.h5ad --output labelled.h5ad
 """
 
-import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +23,11 @@ def _main(argv: list[str] | None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--input")  # `scbert annotate cells.h5ad --model …`
-    options, settings = _parser().parse_known_args(words)
-    config = cli.parse(
+    config, as_json = cli.parse_for_scripts(
         AnnotateConfig,
-        settings,
+        words,
         launcher="annotate.py",
-        description="Label cells; writes a copy of the AnnData with labels, and a CSV. "
-        "--json prints the counts as one line of JSON.",
+        description="Label cells; writes a copy of the AnnData with labels, and a CSV.",
         example="python launchers/annotate.py --model models:/scbert-pancreas@champion "
         "--input cells.h5ad --output labelled.h5ad",
     )
@@ -44,8 +40,8 @@ def _main(argv: list[str] | None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = annotate_store if is_store(config.input) else annotate_file
     result = run(config, device)
-    if options.json:
-        cli.echo(json.dumps(None if result is None else asdict(result), default=str))
+    if as_json:
+        cli.echo_json(None if result is None else asdict(result))
         return
     if result is None:
         cli.echo(f"part {config.part} is done; run without --part when all are")
@@ -54,13 +50,6 @@ def _main(argv: list[str] | None) -> None:
         cli.echo(f"{label:32} {num_cells:9,}")
     cli.echo(f"{result.num_novel:,} of {result.num_cells:,} cells are flagged as novel")
     cli.echo(f"{result.output} and {result.table}, {result.cells_per_second:,.0f} cells/s")
-
-
-def _parser() -> argparse.ArgumentParser:
-    """What is no setting of the annotation; `--help` is left to those."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true")
-    return parser
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    config = cli.parse(
+    config, as_json = cli.parse_for_scripts(
         BenchmarkConfig,
         argv,
         launcher="benchmark.py",
@@ -29,6 +29,10 @@ def _main(argv: list[str] | None) -> None:
     from finetune.referee import run_benchmark
 
     report = run_benchmark(config)
+    if as_json:
+        trials = f"{config.output}/benchmark.json"
+        cli.echo_json({**report.summary, "verdict": report.verdict, "trials": trials})
+        return
     cli.echo(report.table)
     cli.echo(report.verdict)
     cli.echo(f"every trial: {config.output}/benchmark.json")

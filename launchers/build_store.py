@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    config = cli.parse(
+    config, as_json = cli.parse_for_scripts(
         StoreConfig,
         argv,
         launcher="build_store.py",
@@ -29,9 +29,13 @@ def _main(argv: list[str] | None) -> None:
     from datastore.append import append_store
     from datastore.array_ingest import ingest_in_array
     from datastore.ingest import build_store
+    from datastore.summary import summarize
 
     ingest = append_store if config.append else build_store
     store = ingest_in_array(config, ingest) if config.array.tasks else ingest(config)
+    if as_json:
+        cli.echo_json(None if store is None else summarize(store))
+        return
     if store is None:
         cli.echo(f"task {config.array.task} has worked for another; {config.output} is whole")
         return

@@ -3,7 +3,6 @@
 scbert check cells.h5ad --model models:/scbert-pancreas@champion
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -42,7 +41,10 @@ def _main(argv: list[str] | None) -> int:
         tables=gene_tables(names),
     )
     facts = found.as_json()
-    cli.echo(json.dumps(facts) if options.json else "\n".join(_lines(facts)))
+    if options.json:
+        cli.echo_json(facts)
+    else:
+        cli.echo("\n".join(_lines(facts)))
     return 2 if found.problems else 0
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a bug of ours (with traceback), 2 wrong input or setting (
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -70,6 +71,21 @@ def parse(
     values = vars(parser.instantiate(parser.parse_args(spelled_out(words, settings))))
     values.pop("config", None)
     return config_type(**values)
+
+
+def parse_for_scripts(
+    config_type: Callable[..., T], argv: Sequence[str] | None, *, description: str, **named: str
+) -> tuple[T, bool]:
+    """As `parse`, of a launcher whose result a script may want: `--json` is no setting.
+
+    Returns:
+        The configuration, and whether `--json` was given.
+    """
+    words = _words(argv)
+    settings = [word for word in words if word != "--json"]
+    says = f"{description} --json prints the result as one line of JSON."
+    config = parse(config_type, settings, description=says, **named)
+    return config, len(settings) < len(words)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -190,6 +206,19 @@ def _sentence(error: Exception) -> str:
 def echo(text: str = "") -> None:
     """Print a result line for the person at the terminal (libraries only log)."""
     print(text, flush=True)
+
+
+def echo_json(facts: Any) -> None:
+    """Print a result as one line of JSON; a path becomes text, a dataclass its fields."""
+    echo(json.dumps(facts, default=lambda x: str(x) if isinstance(x, Path) else vars(x)))
+
+
+def show(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print facts as one line of JSON, or as a table."""
+    if as_json:
+        echo_json(facts)
+    else:
+        echo("\n".join(table(facts)))
 
 
 def table(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

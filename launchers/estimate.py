@@ -5,7 +5,6 @@ python launchers/estimate.py --preset quickstart --gpu cpu --num_genes 2000
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def _main(argv: list[str] | None) -> None:
         gloo=options.gpu == "cpu",
     )
     facts = report(config, placement, options.gpu, options.num_genes, int(options.num_cells))
-    cli.echo(json.dumps(facts) if options.json else "\n".join(cli.table(facts)))
+    cli.show(facts, options.json)
 
 
 def _with_vectors(settings: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ def _main(argv: list[str] | None) -> None:
     source: Path = options.source
     if not source.exists():
         raise FileNotFoundError(f"there is no {source}; give a training's output or a .pth file")
+    checkpoint = None
     if source.is_file():
         _import(source, options)
     else:
@@ -33,6 +34,10 @@ def _main(argv: list[str] | None) -> None:
             raise ValueError("--attention is for published .pth files; a checkpoint knows its own")
         checkpoint = find_checkpoint(source, options.best)
         export_checkpoint(checkpoint, options.output, options.genes)
+    if options.json:
+        cli.echo_json({"source": checkpoint or source, "export": options.output})
+        return
+    if checkpoint is not None:
         cli.echo(f"checkpoint: {checkpoint}")
     cli.echo(f"export: {options.output}")
 
@@ -63,6 +68,7 @@ def _parser() -> cli.CommandParser:
         choices=["published", "stable"],
         help="numerics of a .pth: as published (default), or with our stabiliser",
     )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
 

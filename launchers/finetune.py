@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    config = cli.parse(
+    config, as_json = cli.parse_for_scripts(
         FinetuneConfig,
         argv,
         launcher="finetune.py",
@@ -34,9 +34,18 @@ def _main(argv: list[str] | None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = finetune(config, device, page=True)
+    page = f"{config.output}/report.html"
+    if as_json:
+        scores = {"scBERT": result.scores, **{line.name: line.scores for line in result.baselines}}
+        found = {
+            name: {"accuracy": s.accuracy, "macro_f1": s.macro_f1} for name, s in scores.items()
+        }
+        facts = {"scores": found, "verdict": result.verdict, "export": result.export, "page": page}
+        cli.echo_json(facts | {"run_id": result.run_id})
+        return
     cli.echo(result.table)
     cli.echo(result.verdict)
-    cli.echo(f"export: {result.export}, page: {config.output}/report.html")
+    cli.echo(f"export: {result.export}, page: {page}")
 
 
 if __name__ == "__main__":

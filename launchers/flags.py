@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 _GIVE: Final = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_SEVERAL: Final = (list, tuple)
 
 
 def setting_types(config_type: Any, prefix: str = "") -> dict[str, Any]:
@@ -46,10 +47,10 @@ def spelled_out(arguments: Sequence[str], settings: Mapping[str, Any]) -> list[s
         word = with_underscores(rest.pop(0))
         flag, has_value, value = word.partition("=")
         kinds = _parts(settings.get(flag.removeprefix("--"))) if flag.startswith("--") else []
-        if list in map(_plain, kinds):
+        if of := [kind for kind in kinds if _plain(kind) in _SEVERAL]:
             values = [value] if has_value else _values(rest)
             listed = len(values) == 1 and values[0].startswith(("[", "null"))
-            words += [flag, values[0] if listed else json.dumps(values)] if values else [flag]
+            words += [flag, values[0] if listed else _list(values, of[0])] if values else [flag]
         elif bool in kinds and not has_value and (not rest or rest[0].startswith("--")):
             words += [word, "true"]
         else:
@@ -85,6 +86,12 @@ def sentence(message: str, settings: Mapping[str, Any], command: str) -> str:
     return f"{text} ({command} --help lists the settings)"
 
 
+def _list(values: Sequence[str], kind: Any) -> str:
+    """Write values as one YAML list; only texts need quotes."""
+    texts = str in typing.get_args(kind)
+    return json.dumps(values) if texts else f"[{', '.join(values)}]"
+
+
 def _values(rest: list[str]) -> list[str]:
     """Take the words up to the next flag."""
     taken = []
@@ -108,7 +115,7 @@ def _wanted(kind: Any) -> str:
             wanted.append("null")
         elif typing.get_origin(part) is typing.Literal:
             wanted.append(f"one of {', '.join(map(str, typing.get_args(part)))}")
-        elif _plain(part) is list:
+        elif _plain(part) in _SEVERAL:
             wanted.append("one or more, separated by spaces")
         else:
             wanted.append(_GIVE.get(part, f"a value of type {_plain(part).__name__}"))

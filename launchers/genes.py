@@ -22,7 +22,7 @@ def _main(words: list[str]) -> None:
     if words[:1] != ["embed"] and words not in ([], ["-h"], ["--help"]):
         raise ValueError(f"there is no command {words[0]!r}; there is `genes embed`")
     with cli.called_as("scbert genes embed"):
-        config = cli.parse(
+        config, as_json = cli.parse_for_scripts(
             GeneVectorsConfig,
             words[1:] if words[:1] == ["embed"] else ["--help"],
             launcher="genes.py",
@@ -32,6 +32,9 @@ def _main(words: list[str]) -> None:
     from datastore.gene2vec import embed_genes
 
     facts = embed_genes(config)
+    if as_json:
+        cli.echo_json({"output": config.output, **facts})
+        return
     if facts["num_missing"]:
         some = ", ".join([*facts["missing"][:5], *(["…"] if facts["num_missing"] > 5 else [])])
         cli.echo(

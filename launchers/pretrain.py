@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    config = cli.parse(
+    config, as_json = cli.parse_for_scripts(
         PretrainConfig,
         argv,
         launcher="pretrain.py",
@@ -43,6 +43,9 @@ def _main(argv: list[str] | None) -> int:
     if not ranks.is_first:
         return 0  # a launcher ends all ranks when one fails: let the first have the last word
     code = EXIT_REQUEUE if result["interrupted"] else 0
+    if as_json:
+        cli.echo_json(result)
+        return code
     cli.echo(f"step {result['step']} of {result['total_steps']}")
     for name, value in result["metrics"].items():
         cli.echo(f"{name:36} {cli.unwrap(value)}")

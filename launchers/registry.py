@@ -67,7 +67,7 @@ def _parser() -> cli.CommandParser:
     pull.add_argument("--offline", action="store_true", help="from the cache, ask no server")
     verify = add("verify", "read every byte where it is kept and compare the hashes")
     verify.add_argument("reference", help="models:/name@alias, models:/name/version or a folder")
-    for command in (listed, show, promote, verify):
+    for command in (listed, show, register, promote, pull, verify):
         command.add_argument("--json", action="store_true", help="for a script")
     return parser
 

@@ -46,7 +46,7 @@ def register_(options: argparse.Namespace) -> Iterable[str]:
     ref = register_export(
         options.export, options.name, uri=uri, alias=options.alias, run_id=run, tags=tags
     )
-    return [ref.uri]
+    return [json.dumps({"reference": ref.uri}) if options.json else ref.uri]
 
 
 def promote_(options: argparse.Namespace) -> Iterable[str]:
@@ -71,12 +71,12 @@ def pull_(options: argparse.Namespace) -> Iterable[str]:
         raise ValueError(f"--to {options.to} exists; name a folder that does not")
     offline = True if options.offline else None
     model = registry.resolve_model(options.reference, uri=options.tracking_uri, offline=offline)
-    if options.to is None:
-        return [str(model.path)]
-    options.to.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.to.absolute().parent) as scratch:
-        shutil.copytree(model.path, Path(scratch) / "copy").rename(options.to)
-    return [str(options.to)]
+    if options.to is not None:
+        options.to.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.to.absolute().parent) as scratch:
+            shutil.copytree(model.path, Path(scratch) / "copy").rename(options.to)
+    folder = str(options.to or model.path)
+    return [json.dumps({"reference": model.uri, "folder": folder}) if options.json else folder]
 
 
 def verify_(options: argparse.Namespace) -> Iterable[str]:

@@ -22,7 +22,10 @@ def _main(argv: list[str] | None) -> None:
     from finetune.page import report
 
     page = report(options.run)
-    cli.echo(str(page))
+    if options.json:
+        cli.echo_json({"page": page})
+    else:
+        cli.echo(str(page))
     if options.open:
         webbrowser.open(page.resolve().as_uri())
 
@@ -34,6 +37,7 @@ def _parser() -> cli.CommandParser:
     )
     parser.add_argument("run", type=Path, help="folder that `scbert finetune` wrote")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
 

@@ -1,7 +1,6 @@
 """Look into a cell store: is it whole, what does it hold, how fast does it read."""
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -40,21 +39,21 @@ def _verify(options: argparse.Namespace) -> int:
         verdict = f"is whole; {len(findings)} files do not belong to it"
     facts = {"store": options.store, "whole": not damaged, "findings": [*lines]}
     lines.append(f"{options.store} {verdict}")
-    cli.echo(json.dumps(facts) if options.json else "\n".join(lines))
+    if options.json:
+        cli.echo_json(facts)
+    else:
+        cli.echo("\n".join(lines))
     return 1 if damaged else 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    return _show(summarize(open_store(options.store)), options.json)
+    cli.show(summarize(open_store(options.store)), options.json)
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
     knobs = (options.form, options.batch_size, options.seconds)
-    return _show(measure_reading(open_store(options.store), *knobs).as_dict(), options.json)
-
-
-def _show(facts: dict[str, Any], as_json: bool) -> int:
-    cli.echo(json.dumps(facts) if as_json else "\n".join(cli.table(facts)))
+    cli.show(measure_reading(open_store(options.store), *knobs).as_dict(), options.json)
     return 0
 
 

@@ -72,11 +72,17 @@ class _Files:
     """Size."""
     flag: bool = False
     """Flag."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds."""
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        pytest.param("--files a --seeds 1 2", _Files(files=["a"], seeds=(1, 2)), id="numbers"),
+        pytest.param(
+            "--files a --seeds [1,2]", _Files(files=["a"], seeds=(1, 2)), id="in brackets"
+        ),
         pytest.param("--files a.h5ad", _Files(files=["a.h5ad"]), id="one"),
         pytest.param("--files a b c --flag true", _Files(files=list("abc"), flag=True), id="many"),
         pytest.param("--files [a,b]", _Files(files=["a", "b"]), id="brackets"),
@@ -251,7 +257,7 @@ def test_help_teaches_by_example(launcher: object, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as exit_info:
         launcher.main(["--help"])  # type: ignore[attr-defined]
     assert exit_info.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "Example: " in text
     assert "--config" in text
 

@@ -47,6 +47,9 @@ def test_a_model_from_registration_to_promotion(
     target = tmp_path / "there" / "model"
     pull = ["pull", "models:/shell@champion", "--to", target]
     assert said(*pull) == f"{target}\n"
+    facts = json.loads(said("pull", "models:/shell@champion", "--json"))
+    assert facts["reference"] == "models:/shell/1"
+    assert Path(facts["folder"], "genes.txt").is_file()
     assert (target / "model.safetensors").read_bytes() == (good / "model.safetensors").read_bytes()
     assert "exists; name a folder" in said(*pull, code=2)
     assert "5 files are as they were registered" in said("verify", "models:/shell/2")

@@ -136,7 +136,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     assert "saved and stopped as asked; the same command continues" in said
     step = int(json.loads((output / "checkpoints/latest").read_text()).removeprefix("step_"))
     again = subprocess.run(
-        [*command, f"--stop_after={step + 1}"],
+        [*command, f"--stop_after={step + 1}", "--json"],
         cwd=tmp_path,
         env=environ,
         capture_output=True,
@@ -145,6 +145,8 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {step} of" in again.stderr
+    said = json.loads(again.stdout.splitlines()[-1])
+    assert (said["step"], said["interrupted"], said["export"]) == (step + 1, False, None)
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[bytes]) -> None:
