@@ -148,11 +148,17 @@ def activation_bytes(config: PretrainConfig, tokens: float, precision: Precision
 
 
 def _kept_bytes(config: PretrainConfig, depth: int, length: int, precision: Precision) -> float:
-    """Bytes of the tensors that autograd keeps of one cell of so many genes, besides weights."""
+    """Bytes of the tensors that autograd keeps of a cell of so many genes, besides weights."""
     encoder = replace(config.encoder, depth=depth, sequence="full", num_zeros=0)
     model = _small_model(replace(config, encoder=encoder), length)
     if precision == "bf16":
         model = model.to(torch.bfloat16)
+    # What two cells keep more than one does: some is kept once for all, see `_joined_bytes`.
+    one, two = (_kept_by(model, _one_cell(config, length, cells)) for cells in (1, 2))
+    return two - one
+
+
+def _kept_by(model: MaskedGeneModel, cells: tuple[Tensor, ...]) -> float:
     weights = {w.untyped_storage().data_ptr() for w in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
@@ -165,7 +171,7 @@ def _kept_bytes(config: PretrainConfig, depth: int, length: int, precision: Prec
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        loss = model(*_one_cell(config, length)).loss
+        loss = model(*cells).loss
     assert loss.requires_grad
     return float(sum(kept.values()))
 
@@ -199,7 +205,14 @@ def memory(
     """
     several = config.batch.accumulation_steps(placement.world_size) > 1
     activations = config.batch.micro_size * _cell_bytes(config, size, placement, kept_per_cell)
+    activations += _joined_bytes(config, placement)
     return at_fullest(size, placement, activations, several=several)
+
+
+def _joined_bytes(config: PretrainConfig, placement: Placement) -> float:
+    """Weights of queries, keys and values, side by side for their one product in each block."""
+    width, of = 2 if placement.precision == "bf16" else 4, config.encoder
+    return width * (1 if of.checkpointing else of.depth) * 3.0 * of.dim * of.heads * of.dim_head
 
 
 def _cell_bytes(
@@ -216,9 +229,10 @@ def largest_micro_batch(
 ) -> int:
     """Cells per forward pass that fit into `limit` bytes; 0 if not even one does."""
     each = _cell_bytes(config, size, placement, kept)
+    joined = _joined_bytes(config, placement)
 
     def is_too_much(cells: int) -> bool:
-        return at_fullest(size, placement, cells * each, several=True).total > limit
+        return at_fullest(size, placement, joined + cells * each, several=True).total > limit
 
     return bisect_left(range(1, int(limit // each) + 2), True, key=is_too_much)
 

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Precision = Literal["fp32", "bf16"]
-CPU_PROCESS_BYTES: Final = 50e6
-"""What a CPU rank holds besides, above its imports: kernels, the loader's arenas. Measured once."""
+CPU_PROCESS_BYTES: Final = 150e6
+"""What a CPU rank holds besides, above its first imports: some 1,400 modules that DeepSpeed imports
+when it starts (118 MB), kernels, the loader's arenas. Measured once."""
 BUCKET: Final = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, elements."""
 PERSISTENT: Final = 100_000
 """Its default `stage3_param_persistence_threshold`, elements."""
 LIVE: Final = 1_000_000_000
 """Its default `stage3_max_live_parameters`: that many gathered weights stay until backward."""
+PREFETCH: Final = 50_000_000
+"""Its default `stage3_prefetch_bucket_size`: weights gathered in one message, of which each weight
+then takes a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +99,18 @@ def at_fullest(
     parameters = float(width * (size.trained + size.frozen) / (ranks if stage == 3 else 1))
     state = _optimizer_bytes(size, placement)
     moments = _MOMENTS[stage](size, placement, activations, several)
-    gradients, kept, buffers = max(moments, key=sum)
     host = 0.0
     if placement.offload:
-        # Master weights, moments, their gradient and Adam's temporaries; a copy in the weights'
-        # type on the way to the device or back; gradients of earlier micro-batches.
+        # Master weights, moments and their gradient; a copy in the weights' type on the way to the
+        # device or back; gradients of earlier micro-batches.
         own = size.trained / ranks
-        host = (12 + 4 + 8) * own + width * own * (1 + (several and stage < 3))
+        host = (12 + 4) * own + width * own * (1 + (several and stage < 3))
+        adam = 8 * own
+        if placement.gloo:  # in the same memory, when activations and messages are gone
+            moments = [*moments, (0.0, 0.0, adam)]
+        else:
+            host += adam
+    gradients, kept, buffers = max(moments, key=sum)
     always = size.buffer_bytes + (CPU_PROCESS_BYTES if placement.gloo else 0.0)
     return Memory(
         parameters=parameters,
@@ -115,8 +124,8 @@ def at_fullest(
 
 def _optimizer_bytes(size: ModelSize, placement: Placement) -> float:
     """Float32 weights and both moments, where they are not the model's own weights."""
-    # In fp32 Adam works on the weights themselves without ZeRO, and on the shares under ZeRO 3.
-    own_weights = placement.precision == "fp32" and placement.stage in (0, 3)
+    # In fp32 without ZeRO Adam works on the weights themselves.
+    own_weights = placement.precision == "fp32" and placement.stage == 0
     each = 8.0 if own_weights else 12.0
     return each * size.trained / (placement.world_size if placement.stage else 1)
 
@@ -183,11 +192,12 @@ def _moments_of_cut_weights(
     touched = width * float(min(BUCKET, size.trained))
     bucket = touched if placement.gloo else float(width * BUCKET)
     live = width * max(size.largest, min(LIVE, size.trained + size.frozen)) * several_ranks
+    message = width * min(PREFETCH, size.trained + size.frozen) * several_ranks
     small = width * size.small * several_ranks
     wide = 4.0 * own if placement.precision == "bf16" else 0.0
     updated = 0.0 if placement.offload else width * own + wide + _adam(own, placement)
     return [
-        (waiting, activations, bucket + live),
+        (waiting, activations, bucket + live + message),
         (waiting, 0.0, bucket + small + touched * several_ranks),
         (waiting, 0.0, bucket + small + updated),
     ]

@@ -108,6 +108,27 @@ def test_the_coordinator_killed_during_a_save(
     same_steps(losses(cluster, "saving"), undisturbed, 0)
 
 
+def test_a_second_job_is_refused_and_a_slow_host_named(cluster: Cluster) -> None:
+    config = settings(cluster, "slow", log_every=20)
+    running = cluster.start(cluster.hosts[0], command(config))
+    wait_for_step(cluster, "slow", 20, running)
+    code, text = cluster.run(cluster.hosts[0], command(config).replace("29731", "29732"))
+    assert code == 2, text
+    assert text.count("error: ") == 1, text
+    assert f"another training is writing {cluster.folder}/slow" in text
+
+    deadline = time.monotonic() + 180
+    while "is a straggler" not in running.text:
+        assert running.process.poll() is None, running.text
+        assert time.monotonic() < deadline, running.text
+        for signal, seconds in (("STOP", 0.45), ("CONT", 0.05)):  # a tenth of its speed
+            cluster.signal(cluster.hosts[1], "launchers/pretrain.py --local_rank", signal)
+            time.sleep(seconds)
+    assert "rank 1 (n2) is a straggler" in running.text
+    cluster.signal(cluster.hosts[0], "launchers/pretrain.py --local_rank", "TERM")
+    assert running.wait(90) != 0
+
+
 def test_a_full_disk_during_a_save(cluster: Cluster, undisturbed: dict[int, float]) -> None:
     """Host n1 writes on a small disk of its own; a larger one, seen by all, takes its place."""
     folder = cluster.folder / "full"
