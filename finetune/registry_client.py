@@ -45,7 +45,8 @@ def open_registry(uri: str | None, create: bool = False) -> tuple[MlflowClient, 
         create: Something is to be written: a missing SQLite file is no mistake.
 
     Raises:
-        ValueError: If the address is of no known kind, or there is nothing to read.
+        ValueError: If the address is of no known kind, or there is nothing to read, or the database
+            does not open.
     """
     uri = resolve_tracking_uri(uri, os.environ, Path.cwd())
     database = uri.removeprefix("sqlite:///").partition("?")[0]
@@ -54,7 +55,8 @@ def open_registry(uri: str | None, create: bool = False) -> tuple[MlflowClient, 
             f"there is no registry at {uri}; set MLFLOW_TRACKING_URI to yours, "
             "or register an export first"
         )
-    return connect(uri), uri
+    with _database_explained(uri):
+        return connect(uri), uri
 
 
 @contextlib.contextmanager
@@ -90,6 +92,29 @@ def _why_no_answer(text: str) -> str:
     reason = re.search(r"\[Errno -?\d+\] ([\w ,-]+)", text)
     cause = reason[1] if reason else text
     return f"it does not answer; is it running, is MLFLOW_TRACKING_URI right? ({cause})"
+
+
+@contextlib.contextmanager
+def _database_explained(uri: str) -> Iterator[None]:
+    """Turn what a database or its driver raises into a ValueError that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"MLflow at {without_credentials(uri)}: {error}; install the driver of this database, "
+            "or give the address of an `mlflow server` before it"
+        ) from None
+    except Exception as error:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, SQLAlchemyError):
+            raise
+        # Behind the first line stand the statement and an address on the web.
+        cause = re.sub(r"^\([\w.]+\) ", "", without_credentials(str(error)).splitlines()[0])
+        raise ValueError(
+            f"MLflow at {without_credentials(uri)}: the database does not open ({cause}); is it "
+            "running, is MLFLOW_TRACKING_URI right?"
+        ) from None
 
 
 def is_reference(reference: str | Path) -> bool:

@@ -77,6 +77,7 @@ def fit(
     *,
     encoder: str = "none",
     label_key: str = "cell_type",
+    layer: str | None = None,
     test: anndata.AnnData | None = None,
     device: str | torch.device | None = None,
     **settings: Any,
@@ -88,6 +89,8 @@ def fit(
         output: Folder for metrics, figures and the classifier's export.
         encoder: A pretrained export, `models:/name@alias`, or `none` for random weights.
         label_key: Column of obs with the types.
+        layer: Layer with the counts, or `raw`; none takes the first of `X`, `layers["counts"]` and
+            `raw` that holds counts.
         test: Held-out cells; none holds out a share of each type.
         device: Where to compute; none takes a GPU if there is one.
         **settings: Further fields of `finetune.config.FinetuneConfig`.
@@ -95,7 +98,7 @@ def fit(
     config = FinetuneConfig(
         encoder=encoder,
         output=str(output),
-        data=LabelledConfig(path="adata", label_key=label_key),
+        data=LabelledConfig(path="adata", label_key=label_key, layer=layer),
         **settings,
     )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

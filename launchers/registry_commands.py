@@ -1,6 +1,7 @@
 """What each word of `scbert models` does: options in, lines to print out."""
 
 import argparse
+import errno
 import json
 import shutil
 import tempfile
@@ -72,11 +73,28 @@ def pull_(options: argparse.Namespace) -> Iterable[str]:
     offline = True if options.offline else None
     model = registry.resolve_model(options.reference, uri=options.tracking_uri, offline=offline)
     if options.to is not None:
-        options.to.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=options.to.absolute().parent) as scratch:
-            shutil.copytree(model.path, Path(scratch) / "copy").rename(options.to)
+        _copy(model.path, options.to)
     folder = str(options.to or model.path)
     return [json.dumps({"reference": model.uri, "folder": folder}) if options.json else folder]
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy the files of a model into a new folder: all of them, or there is no such folder."""
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            copy = Path(scratch) / "copy"
+            copy.mkdir()
+            for path in folder.iterdir():
+                shutil.copyfile(path, copy / path.name)
+            copy.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"the disk of --to {target} is full; free some space, or name a folder on another disk"
+        ) from error
 
 
 def verify_(options: argparse.Namespace) -> Iterable[str]:

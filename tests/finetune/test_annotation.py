@@ -282,6 +282,24 @@ def test_adata_in_memory_is_changed_in_place_or_copied(
     assert (given.X != cells.X).nnz == 0
 
 
+def test_counts_are_taken_from_the_layer_that_is_named(
+    folder: Path, cells: anndata.AnnData, expected: Predictions
+) -> None:
+    given = cells.copy()
+    given.X = np.full(given.shape, -0.5, dtype=np.float32)
+    copied = annotate(given, folder / "model", layer="kept", copy=True, batch_size=5)
+    assert copied is not None
+    agrees(copied, expected)
+    whys = gene_attention(given, folder / "model", layer="kept", key_added="why", copy=True)
+    assert whys is not None
+    assert {*given.varm, *given.obsm, *given.uns} == {*cells.varm, *cells.obsm, *cells.uns}
+    assert set(whys.varm) - set(given.varm) == {"why_reasons", "why_attention"}
+    assert set(whys.uns) - set(given.uns) == {"why_reasons"}
+    plain = cells.copy()
+    assert gene_attention(plain, folder / "model") is None
+    np.testing.assert_array_equal(whys.varm["why_reasons"], plain.varm["scbert_reasons"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

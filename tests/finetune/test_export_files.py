@@ -11,7 +11,6 @@ from finetune.export_files import (
     MANIFEST,
     MAX_FILES,
     MAX_HEADER_BYTES,
-    MLMODEL,
     check_contents,
     make_manifest,
     read_config,
@@ -20,8 +19,14 @@ from finetune.export_files import (
 )
 from finetune.serving_contract import mlmodel
 from tests.support.entries import write_entry
-
-WEIGHTS = "model.safetensors"
+from tests.support.malicious import (
+    foreign_class,
+    foreign_loader,
+    header,
+    loader,
+    oversized_header,
+    pickle_in_disguise,
+)
 
 
 @pytest.fixture
@@ -29,25 +34,12 @@ def entry(tmp_path: Path) -> Path:
     return write_entry(tmp_path / "entry", "weights")
 
 
-def header(folder: Path, text: bytes, length: int | None = None, data: bytes = b"") -> None:
-    said = len(text) if length is None else length
-    (folder / WEIGHTS).write_bytes(said.to_bytes(8, "little") + text + data)
-
-
 def tensor(start: int, end: int) -> bytes:
     return json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [start, end]}}).encode()
 
 
-def oversized_header(folder: Path) -> None:
-    header(folder, b"{}", length=1 << 62)
-
-
 def header_beyond_our_limit(folder: Path) -> None:
     header(folder, b" " * (MAX_HEADER_BYTES + 1))
-
-
-def pickle_in_disguise(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"\x80\x04cos\nsystem\n(S'id'\ntR.")
 
 
 def offsets_outside(folder: Path) -> None:
@@ -62,11 +54,6 @@ def header_too_deep(folder: Path) -> None:
     header(folder, b"[" * 100_000)
 
 
-def foreign_class(folder: Path) -> None:
-    config = {"format": "scbert-export/1", "kind": "os.system"}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def foreign_format(folder: Path) -> None:
     (folder / "config.json").write_text('{"architectures": ["Evil"], "auto_map": {}}')
 
@@ -77,14 +64,6 @@ def list_config(folder: Path) -> None:
 
 def deep_config(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 100_000)
-
-
-def loader(folder: Path, text: str) -> None:
-    (folder / MLMODEL).write_text(text)
-
-
-def foreign_loader(folder: Path) -> None:
-    loader(folder, "flavors: {python_function: {loader_module: mlflow.sklearn}}")
 
 
 def pickled_flavor(folder: Path) -> None:

@@ -20,13 +20,19 @@ import pytest
 import requests
 
 from finetune import registry
-from finetune.export_files import MANIFEST, MODEL_CARD
+from finetune.export_files import MANIFEST, MODEL_CARD, size_and_hash
 from finetune.registration import LINEAGE_TAG, provenance_run_id, register_export
 from finetune.registry import ModelVersionRef, list_models, resolve_model, verify_model
 from finetune.registry_client import DIGEST_TAG, explained
 from finetune.registry_files import download
 from pretrain.mlflow_client import connect
 from tests.support.entries import write_entry
+from tests.support.malicious import (
+    foreign_class,
+    foreign_loader,
+    oversized_header,
+    pickle_in_disguise,
+)
 from tests.support.mlflow_store import fresh_run, fresh_store
 
 
@@ -353,6 +359,34 @@ def test_manifest_cannot_name_other_places(uri: str, export: Path, cache: Path, 
         resolve_model(ref.uri, uri=uri, cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        pytest.param(oversized_header, "model.safetensors is refused: its header would", id="size"),
+        pytest.param(pickle_in_disguise, "model.safetensors is refused: its header", id="pickle"),
+        pytest.param(foreign_class, "config.json is refused: .* class 'os.system'", id="class"),
+        pytest.param(foreign_loader, "MLmodel is refused: .* a foreign class", id="loader"),
+    ],
+)
+def test_hashes_that_fit_make_no_model(
+    uri: str, export: Path, cache: Path, tamper: Any, message: str
+) -> None:
+    """Who may write to the registry can give its own hashes, too."""
+    ref = register_export(export, "fitting", uri=uri)
+    folder = artifacts(ref)
+    tamper(folder)
+    names = {path.name for path in folder.iterdir()} - {MANIFEST}
+    text = json.dumps({"files": {name: size_and_hash(folder / name) for name in names}}).encode()
+    (folder / MANIFEST).write_bytes(text)
+    digest = hashlib.sha256(text).hexdigest()
+    connect(uri).set_model_version_tag(ref.name, str(ref.version), DIGEST_TAG, digest)
+    with pytest.raises(ValueError, match=message):
+        resolve_model(ref.uri, uri=uri, cache=cache)
+    with pytest.raises(ValueError, match=message):
+        verify_model(ref.uri, uri=uri)
+    assert {path.name for path in cache.iterdir()} == {"locks", "pulls"}
+
+
 def test_listing_cannot_name_other_places(
     uri: str, export: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +459,39 @@ def test_registry_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="there is no registry at sqlite:"):
         list_models(f"sqlite:///{tmp_path}/mlflow.db")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        pytest.param(
+            "sqlite:///{folder}/torn.db",
+            r"torn\.db: the database does not open \(file is not a database\); is it",
+            id="no database",
+        ),
+        pytest.param(
+            "mysql+nodriver://me:hunter2@host/runs",
+            r"MLflow at mysql\+nodriver://host/runs: .*nodriver",
+            id="no driver",
+        ),
+        pytest.param(
+            "postgresql+psycopg2://me:hunter2@127.0.0.1:9/runs",
+            r"postgresql\+psycopg2://127.0.0.1:9/runs: the database does not open \(connection to",
+            id="nobody there",
+        ),
+    ],
+)
+def test_database_that_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, sentence: str
+) -> None:
+    import mlflow.store.db.utils
+
+    monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 0)  # it waits for minutes
+    (tmp_path / "torn.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match=sentence) as refused:
+        list_models(address.format(folder=tmp_path))
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

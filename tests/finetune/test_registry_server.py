@@ -18,8 +18,9 @@ from scipy import sparse
 from finetune.classifier import load_classifier, predict
 from finetune.registration import register_export
 from finetune.registry import describe_model, resolve_model
+from tests.support.documents import ROOT
 from tests.support.entries import write_entry
-from tests.support.labelled import GENES, labelled_cells, write_classifier
+from tests.support.labelled import GENES, labelled_cells, write_classifier, write_labelled
 from tests.support.mlflow_server import Cable, free_port, mlflow_server, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -111,6 +112,33 @@ def test_credentials_stay_where_they_were(
     texts = [path.read_bytes().decode("latin-1") for path in kept]
     texts += [json.dumps(facts), caplog.text]
     assert [text for text in texts if secret in text] == []
+
+
+def test_a_training_keeps_credentials_to_itself(
+    server: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Neither its files and log, nor what it sends: the database and files of the server."""
+    write_labelled(tmp_path / "a.h5ad", 60)
+    words = ["--encoder", "none", "--data.path", "a.h5ad", "--output", "run", "--epochs", "1"]
+    words += ["--head.kind", "pooled", "--fresh.encoder.dim", "16", "--fresh.encoder.depth", "1"]
+    secrets = {"MLFLOW_TRACKING_TOKEN": "token-hunter3", "AWS_SECRET_ACCESS_KEY": "key-hunter4"}
+    environ = {"MLFLOW_TRACKING_URI": server.replace("://", "://me:hunter2@"), **secrets}
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.scbert", "finetune", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SCBERT_LOG": "DEBUG", **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    register_export(tmp_path / "run" / "export", "trained", uri=server)
+    (folder,) = tmp_path_factory.getbasetemp().glob("server?")
+    kept = [path for place in (tmp_path, folder) for path in place.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "server.log", "config.json", "MODEL_CARD.md"} <= {p.name for p in kept}
+    assert b"scbert-finetune" in (folder / "mlflow.db").read_bytes()  # the run has arrived
+    assert "hunter" not in done.stdout + done.stderr
+    assert [path for path in kept if b"hunter" in path.read_bytes()] == []
 
 
 def post(url: str, body: bytes, kind: str = "application/json") -> tuple[int, Any]:

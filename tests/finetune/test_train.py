@@ -117,11 +117,20 @@ def test_cached_states_train_the_same_head(
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+def with_counts_in_a_layer(path: Path) -> anndata.AnnData:
+    """Cells whose `X` is no counts."""
+    adata = anndata.read_h5ad(path)
+    adata.layers["kept"] = adata.X.copy()
+    adata.X = np.full(adata.shape, -0.5, dtype=np.float32)
+    return adata
+
+
 def test_cells_in_memory_and_a_fresh_encoder(folder: Path) -> None:
     done = fit(
-        anndata.read_h5ad(folder / "train.h5ad"),
+        with_counts_in_a_layer(folder / "train.h5ad"),
         folder / "fresh",
-        test=anndata.read_h5ad(folder / "test.h5ad"),
+        test=with_counts_in_a_layer(folder / "test.h5ad"),
+        layer="kept",
         device="cpu",
         head=HeadConfig(kind="pooled", bottleneck=8),
         fresh=FreshConfig(encoder=EncoderConfig(dim=16, depth=1, heads=2, dim_head=8)),

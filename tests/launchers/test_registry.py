@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launchers.registry import EXAMPLES, main
+from tests.support.disks import small_disk_at
 from tests.support.entries import classifier_settings, write_entry
 from tests.support.mlflow_store import fresh_store
 
@@ -58,6 +59,21 @@ def test_a_model_from_registration_to_promotion(
     assert Path(said("pull", "models:/shell@champion", "--offline").strip()).is_dir()
     assert "without --offline" in said("pull", "models:/shell/9", "--offline", code=2)
     assert "there is no registry" in said("pull", "models:/shell/2", code=2)
+
+
+def test_a_full_disk_at_the_folder_asked_for_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fresh_store(tmp_path))
+    export = write_entry(tmp_path / "export", "weights" * 10_000)
+    assert main(["register", str(export), "--name", "large"]) == 0
+    with small_disk_at(tmp_path / "disk", "64k") as disk:
+        capsys.readouterr()
+        assert main(["pull", "models:/large/1", "--to", str(disk / "model")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"the disk of --to {disk}/model is full; free some space" in line
+        assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
