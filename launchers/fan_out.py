@@ -10,6 +10,7 @@ not 0; 75 means that the same command continues, also after a host was lost.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -45,18 +47,26 @@ _SSH_FAILED = 255
 class Remote:
     """The command of one host, in a session of its own there."""
 
-    def __init__(self, host: str, command: str, log: Path, show: str) -> None:
+    def __init__(
+        self, host: str, command: str, log: Path, show: str, environ: Mapping[str, str]
+    ) -> None:
         self.host = host
         self.session = ""
         # The shell leads a session that holds all ranks; its number comes first.
-        wrapped = f"setsid --wait sh -c {shlex.quote(f'echo session $$; {command}')}"
+        script = f'echo session $$; eval "$(cat)"; {command}'
+        wrapped = f"setsid --wait sh -c {shlex.quote(script)}"
         self.process = subprocess.Popen(
             [*SSH, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", host, wrapped],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        # Not in the command: everybody on these hosts sees command lines, and there may be a token.
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environ.items()]
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as script_input:
+            script_input.write("".join(lines).encode())
         self.reader = threading.Thread(target=self._read, args=(self.process.stdout, log, show))
         self.reader.start()
 
@@ -104,16 +114,13 @@ def _main(argv: list[str] | None) -> int:
     passed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     remotes = []
     for number, host in enumerate(hosts):
-        command = _command(options, number, next(iter(hosts)), passed, here)
+        command = _command(options, number, next(iter(hosts)), here)
         show = "" if number == 0 else f"[{host}] "
-        remotes.append(Remote(host, command, options.logs / f"{host}.log", show))
+        remotes.append(Remote(host, command, options.logs / f"{host}.log", show, passed))
     return _wait(remotes)
 
 
-def _command(
-    options: argparse.Namespace, number: int, first: str, passed: dict[str, str], here: Path
-) -> str:
-    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(passed.items()))
+def _command(options: argparse.Namespace, number: int, first: str, here: Path) -> str:
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_ssh"]
     words += ["--hostfile", str(options.hostfile.absolute()), "--node_rank", str(number)]
     words += ["--master_addr", options.master_addr or first]
@@ -121,7 +128,7 @@ def _command(
     if options.rank_logs:
         words += ["--enable_each_rank_log", str(options.logs.absolute())]
     ours = shlex.join([*words, *options.command])
-    return f"cd {shlex.quote(str(here))} && exec env {settings} {ours}"
+    return f"cd {shlex.quote(str(here))} && exec {ours}"
 
 
 def _wait(remotes: list[Remote]) -> int:

@@ -98,25 +98,51 @@ def test_a_command_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ssh that runs its last word here, in a process group of its own as sshd does.
+
+    Returns:
+        File that gets its words.
+    """
+    words, ssh = tmp_path / "words", tmp_path / "ssh"
+    run = 'set -m\nbash -c "${@: -1}" &\nwait $!'
+    ssh.write_text(f'#!/bin/bash\necho "$@" >> {words}\n{run}\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return words
+
+
+def wait(remotes: list[fan_out.Remote]) -> int:
+    """Wait for all, and leave this process's signals as they were."""
+    former = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        return fan_out._wait(remotes)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("ssh")
 @pytest.mark.parametrize(
     ("commands", "code"), [(("exit 0", "exit 7"), 7), (("exit 0", "exit 0"), 0)]
 )
 def test_the_exit_code_of_a_host_comes_back(
-    commands: tuple[str, ...], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: tuple[str, ...], code: int, tmp_path: Path
 ) -> None:
-    """With an ssh that runs its last word here, in a process group of its own as sshd does."""
-    ssh = tmp_path / "ssh"
-    ssh.write_text('#!/bin/bash\nset -m\nbash -c "${@: -1}" &\nwait $!\n')
-    ssh.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     remotes = [
-        fan_out.Remote(f"n{number}", command, tmp_path / f"n{number}.log", "")
+        fan_out.Remote(f"n{number}", command, tmp_path / f"n{number}.log", "", {})
         for number, command in enumerate(commands)
     ]
-    former = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        assert fan_out._wait(remotes) == code
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    assert wait(remotes) == code
     assert all(remote.session.isdigit() for remote in remotes)
+
+
+def test_hosts_get_the_environment_but_no_command_line_shows_it(ssh: Path, tmp_path: Path) -> None:
+    environ = {"MLFLOW_TRACKING_TOKEN": "hunter2 and 'more'", "OMP_NUM_THREADS": "3"}
+    command = 'printf "%s %s" "$OMP_NUM_THREADS" "$MLFLOW_TRACKING_TOKEN"'
+    remote = fan_out.Remote("n1", command, tmp_path / "log", "", environ)
+    assert wait([remote]) == 0
+    assert (tmp_path / "log").read_text() == "3 hunter2 and 'more'"
+    assert "n1" in ssh.read_text()
+    assert "hunter2" not in ssh.read_text()
