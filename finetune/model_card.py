@@ -16,6 +16,8 @@ from pretrain.mlflow_client import without_credentials
 UNKNOWN: Final = "not recorded"
 MAX_DESCRIPTION: Final = 4_900
 """MLflow's databases keep 5,000 characters of a version's description."""
+MAX_SOURCES: Final = 50
+"""Sources that a card names; `config.json` has all."""
 
 LIMITS: Final = {
     "encoder": (
@@ -83,14 +85,24 @@ def _data(config: Mapping[str, Any]) -> list[str]:
     evaluation = _group(config, "evaluation")
     cells = provenance.get("cells_trained_on", provenance.get("num_cells"))
     facts: dict[str, Any] = {"cells trained on": cells}
-    if "store_id" in provenance or config["kind"] == "encoder":
+    if config["kind"] == "encoder":
+        sources = provenance.get("sources")
         facts["cell store"] = provenance.get("store_id")
-        facts["sources"] = provenance.get("sources")
+        facts["sources"] = None if sources is None else len(sources)
+        return [*_facts(facts), *_sources(sources or [])]
     facts["data"] = provenance.get("data", evaluation.get("data"))
-    if config["kind"] == "classifier":
-        facts["held-out cells"] = evaluation.get("num_cells", _support(config))
-        facts["held-out split"] = evaluation.get("split")
-    return _facts({key: value for key, value in facts.items() if key != "data" or value})
+    facts["held-out cells"] = evaluation.get("num_cells", _support(config))
+    facts["held-out data"] = evaluation.get("data")
+    facts["held-out split"] = evaluation.get("split")
+    return _facts(facts)
+
+
+def _sources(sources: list[Mapping[str, Any]]) -> list[str]:
+    """A row for each of the first sources."""
+    rows = [(line.get("name"), line.get("cells"), line.get("sha256")) for line in sources]
+    more = len(rows) - MAX_SOURCES
+    lines = ["", *_table(("source", "cells", "sha256"), rows[:MAX_SOURCES])] if rows else []
+    return [*lines, "", f"… and {more:,} more in config.json."] if more > 0 else lines
 
 
 def _recipe(config: Mapping[str, Any]) -> list[str]:
@@ -133,7 +145,8 @@ def _lineage(config: Mapping[str, Any]) -> list[str]:
     provenance = _group(config, "provenance")
     facts = {"run": provenance.get("run_id"), "git commit": provenance.get("git_commit")}
     if config["kind"] == "classifier":
-        facts = {"pretrained": provenance.get("pretrained"), **facts}
+        store = provenance.get("pretrained_store_id")
+        facts = {"pretrained": provenance.get("pretrained"), "on cell store": store, **facts}
     return _facts(facts)
 
 

@@ -150,7 +150,7 @@ def _facts(folder: Path) -> dict[str, str]:
     named = {
         "kind": config["kind"],
         "git_commit": provenance.get("git_commit"),
-        "store_id": provenance.get("store_id"),
+        "store_id": provenance.get("store_id") or provenance.get("pretrained_store_id"),
         "panel_digest": config.get("panel_digest"),
     }
     metrics = config.get("metrics")

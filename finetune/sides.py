@@ -50,6 +50,8 @@ class Start:
     encoder: ExpressionEncoder
     panel: GenePanel
     lineage: str
+    store_id: str | None = None
+    """Cell store that the encoder was pretrained on, if it says so."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def _start(
     if config.encoder != "none":
         pretrained = resolve_model(config.encoder, uri=config.tracking.uri)
         export = read_export(pretrained.path, "encoder")
-        return Start(export.encoder(), export.panel, pretrained.uri or str(pretrained.path))
+        store_id = (export.metadata.get("provenance") or {}).get("store_id")
+        lineage = pretrained.uri or str(pretrained.path)
+        return Start(export.encoder(), export.panel, lineage, store_id)
     if config.fresh.panel is not None:
         return fresh_start(read_panel(Path(config.fresh.panel)), config.fresh, config.seed)
     genes = translate(query.genes, query.where, tables).genes

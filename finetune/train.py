@@ -260,7 +260,7 @@ def _metadata(
     config: FinetuneConfig, sides: Sides, result: FinetuneResult, metrics: dict[str, float]
 ) -> dict[str, Any]:
     """What the export says of itself besides its shape."""
-    path = config.data.test_path or config.data.path
+    learned, path = config.data.path, config.data.test_path or config.data.path
     return {
         "metrics": metrics,
         "per_class": result.scores.as_json(),
@@ -272,6 +272,12 @@ def _metadata(
         "settings": recorded(config),
         "provenance": {
             "pretrained": sides.start.lineage,
+            "pretrained_store_id": sides.start.store_id,
+            "data": {
+                "name": Path(learned).name,
+                "sha256": file_digest(learned),
+                "cells": split_digest(sides.learn.counts, sides.learn.labels),
+            },
             "run_id": result.run_id,
             "seed": config.seed,
             "cells_trained_on": len(sides.learn.labels),

@@ -288,6 +288,14 @@ def _export(
                 "provenance": {
                     "store_id": store.header.store_id,
                     "num_cells": store.num_cells,
+                    "sources": [
+                        {
+                            "name": line.get("name"),
+                            "cells": line.get("cells_kept"),
+                            "sha256": line.get("sha256"),
+                        }
+                        for line in store.header.sources
+                    ],
                     "step": state.step,
                     "cells_seen": state.cells_seen,
                     "seed": config.seed,

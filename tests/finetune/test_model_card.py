@@ -31,6 +31,19 @@ def test_an_encoder_has_its_own_words() -> None:
     assert "it names no cell types until it is fine-tuned" in card
 
 
+def test_sources_are_named_with_their_hashes() -> None:
+    sources = [{"name": f"s{n}", "cells": n, "sha256": f"{n:064x}"} for n in range(60)]
+    few = {"kind": "encoder", "provenance": {"store_id": "s1", "sources": sources[:2]}}
+    card = model_card("e", few, FILES)
+    assert "- sources: 2\n\n| source | cells | sha256 |" in card
+    assert f"| s1 | 1 | {1:064x} |" in card
+    assert "more in config.json" not in card
+    many = {"kind": "encoder", "provenance": {"store_id": "s1", "sources": sources}}
+    card = model_card("e", many, FILES)
+    assert "- sources: 60" in card
+    assert f"| s49 | 49 | {49:064x} |\n\n… and 10 more in config.json." in card
+
+
 @pytest.mark.parametrize("label", ["T | B", "T\nB", "https://me:hunter2@host/T"])
 def test_labels_cannot_break_the_table(label: str) -> None:
     settings = classifier_settings(0.9, 0.8)

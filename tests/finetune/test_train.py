@@ -1,5 +1,6 @@
 """Fine-tuning on easy cells: what learns, what stays, what is reported and tracked."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from mlflow import MlflowClient
 from finetune.cells import panel_counts
 from finetune.classifier import load_classifier, predict
 from finetune.config import FinetuneConfig, FreshConfig, HeadConfig, LabelledConfig
+from finetune.export_files import read_config
+from finetune.model_card import model_card
 from finetune.query import adata_query
 from finetune.train import FinetuneResult, finetune, fit, read_history
 from pretrain.config import EncoderConfig, TrackingConfig
@@ -25,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
-    write_encoder(folder / "encoder")
+    write_encoder(folder / "encoder", provenance={"store_id": "a store"})
     write_labelled(folder / "train.h5ad", 120, seed=0)
     write_labelled(folder / "test.h5ad", 45, seed=1)
     return folder
@@ -75,6 +78,30 @@ def test_run_export_and_figures_are_kept(config: FinetuneConfig, result: Finetun
     assert metadata["provenance"]["run_id"] == result.run_id
     assert metadata["metrics"]["accuracy"] == pytest.approx(result.scores.accuracy)
     assert json.loads((output / "scores.json").read_text())["verdict"] == result.verdict
+
+
+def test_the_card_tells_all_of_a_training(config: FinetuneConfig, result: FinetuneResult) -> None:
+    card = model_card("x", read_config(result.export), {})
+    (data,) = [line for line in card.splitlines() if line.startswith("- data: ")]
+    (held_out,) = [line for line in card.splitlines() if line.startswith("- held-out data: ")]
+    for line, path in ((data, config.data.path), (held_out, config.data.test_path)):
+        assert path is not None
+        assert Path(path).name in line
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest() in line
+    for line in (
+        "- cells trained on: 120",
+        "- held-out cells: 45",
+        f"| this model | {result.scores.accuracy:.4f} | {result.scores.macro_f1:.4f} |",
+        "| majority | 0.3333 | ",
+        "| logistic regression | ",
+        "| alpha | 15 | ",
+        f"- pretrained: {config.encoder}",
+        "- on cell store: a store",
+        f"- run: {result.run_id}",
+        "| head.hidden | 32 |",
+    ):
+        assert line in card, line
+    assert card.count("not recorded") == 0
 
 
 def test_frozen_encoder_is_exported_as_it_was(

@@ -1,6 +1,8 @@
 """Labelled cells of three easy types, and a small encoder that knows their genes."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import anndata
 import numpy as np
@@ -45,12 +47,18 @@ def write_labelled(path: Path, num_cells: int = 90, seed: int = 0) -> Path:
     return path
 
 
-def write_encoder(folder: Path, genes: tuple[str, ...] = GENES) -> Path:
+def write_encoder(
+    folder: Path,
+    genes: tuple[str, ...] = GENES,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
     """Write the export of a small encoder with random weights."""
     config = EncoderConfig(dim=16, depth=2, heads=2, dim_head=8)
     encoder = build_encoder(config, BinningConfig(), len(genes), seed=0)
     weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    write_export(folder, "encoder", encoder, GenePanel(genes), weights, {"provenance": {}})
+    write_export(
+        folder, "encoder", encoder, GenePanel(genes), weights, {"provenance": dict(provenance)}
+    )
     return folder
 
 
