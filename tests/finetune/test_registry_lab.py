@@ -14,8 +14,8 @@ from finetune.registration import register_export
 from finetune.registry import list_models, resolve_model, verify_model
 from tests.support.entries import classifier_settings, write_entry
 from tests.support.mlflow_server import mlflow_server
-from tests.support.postgres import PASSWORD, missing, serve_postgres
-from tests.support.s3_server import s3_environment, serve_s3
+from tests.support.postgres import PASSWORD, dump_and_restore, missing, serve_postgres
+from tests.support.s3_server import copy_bucket, s3_environment, serve_s3
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -61,6 +61,12 @@ def test_a_lab_registry_keeps_models_for_everybody(
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(other)
         log = (tmp_path / "server" / "server.log").read_text()
+        # Database first, then files, as the page has it; then the server that was is gone.
+        restored = dump_and_restore(database, tmp_path / "mlflow.dump")
+        copy_bucket(s3, "models", "backup")
+        with mlflow_server(tmp_path / "restored", restored, "s3://backup", **environ) as uri:
+            assert [ref.aliases for ref in list_models(uri)] == [(), ("challenger", "champion")]
+            assert [verify_model(f"models:/lab/{number}", uri=uri) for number in (1, 2)] == [5, 5]
     copy = resolve_copy(tmp_path / "shared")
     assert (copy / "model.safetensors").read_bytes() == (better / "model.safetensors").read_bytes()
     assert PASSWORD not in caplog.text

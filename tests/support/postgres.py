@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tests.support.mlflow_server import free_port
 
@@ -20,6 +21,19 @@ def missing() -> str:
     if not list(PROGRAMS.glob("*/bin/postgres")):
         return "PostgreSQL is missing: sudo apt-get install postgresql"
     return "" if os.geteuid() == 0 else "only root may start PostgreSQL as its own user"
+
+
+def dump_and_restore(address: str, dump: Path) -> str:
+    """Back a database up into a file and restore it as a new one; give that one's address."""
+    parts = urlsplit(address)
+    environ = {"PGHOST": str(parts.hostname), "PGPORT": str(parts.port), "PGUSER": "mlflow"}
+    environ = {**os.environ, **environ, "PGPASSWORD": str(parts.password)}
+    name = parts.path.removeprefix("/")
+    words = ["pg_dump", "--format", "custom", name]
+    dump.write_bytes(subprocess.run(words, env=environ, check=True, capture_output=True).stdout)
+    subprocess.run(["createdb", "restored"], env=environ, check=True)
+    subprocess.run(["pg_restore", "--dbname", "restored", str(dump)], env=environ, check=True)
+    return address.removesuffix(name) + "restored"
 
 
 @contextlib.contextmanager
