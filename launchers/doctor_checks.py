@@ -215,7 +215,10 @@ def check_store(place: str) -> Finding:
 def check_cluster_tools(which: Callable[..., str | None]) -> Finding:
     """Programs that start a training on several machines."""
     found = [name for name in ("srun", "sbatch", "pdsh", "ssh") if which(name)]
-    if "sbatch" in found or "pdsh" in found:
+    if "sbatch" in found:
+        scripts = Path(__file__).parent / "slurm"
+        return Finding("cluster", "ok", f"{', '.join(found)}; batch scripts: {scripts}")
+    if "pdsh" in found:
         return Finding("cluster", "ok", ", ".join(found))
     fact = f"found: {', '.join(found) or 'nothing'}"
     return Finding("cluster", "ok", f"{fact}; several machines need Slurm, or pdsh with ssh")

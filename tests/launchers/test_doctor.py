@@ -97,6 +97,15 @@ def test_a_lock_of_a_dead_build_is_found(tmp_path: Path) -> None:
     assert (found.verdict, f"rm {lock}" in found.remedy) == ("problem", True)
 
 
+def test_batch_scripts_are_shown_where_slurm_is() -> None:
+    fact = checks.check_cluster_tools(lambda name: name if name == "sbatch" else None).fact
+    assert {path.name for path in Path(fact.split("batch scripts: ")[1]).iterdir()} == {
+        *("annotate_array.sbatch", "finetune_array.sbatch", "ingest_array.sbatch"),
+        "pretrain.sbatch",
+    }
+    assert "batch scripts" not in checks.check_cluster_tools(lambda name: None).fact
+
+
 @pytest.fixture
 def answering(request: pytest.FixtureRequest) -> Iterator[str]:
     """A server that answers everything with one code."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.labelled import write_labelled
+from tests.support import slurm_stand_in
+from tests.support.labelled import write_classifier, write_labelled
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("datastore", "pretrain", "finetune", "launchers")
@@ -104,3 +105,37 @@ def test_the_wheel_works_outside_the_repository(environment: Path, tmp_path: Pat
     assert template.is_relative_to(environment)
     doctor = json.loads(run(environment, "scbert", "doctor", "--json", cwd=tmp_path))
     assert doctor["healthy"] is True
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(600)
+def test_batch_scripts_of_the_wheel_run_outside_the_repository(
+    environment: Path, tmp_path: Path
+) -> None:
+    slurm_stand_in.install(environment / "bin", most=2)
+    where = "import launchers; print(launchers.__path__[0])"
+    scripts = Path(run(environment, "python", "-c", where, cwd=tmp_path).strip()) / "slurm"
+    for place in range(2):
+        write_labelled(tmp_path / "raw" / f"{place}.h5ad", 60, seed=place)
+    write_classifier(tmp_path / "model")
+
+    def submit(script: str, array: str, *words: str) -> None:
+        options = [array] if array else ["--nodes", "1", "--ntasks-per-node", "2"]
+        run(environment, "sbatch", *options, str(scripts / script), *words, cwd=tmp_path)
+
+    small = ["--min_genes", "1", "--cells_per_partition", "60"]
+    submit("ingest_array.sbatch", "--array=1-2", "--sources", "raw/", "--output", "c.zarr", *small)
+    shape = ["--encoder.dim", "8", "--encoder.depth", "1", "--encoder.heads", "2"]
+    shape += ["--encoder.dim_head", "8", "--batch.global_size", "16", "--batch.micro_size", "4"]
+    shape += ["--order.lanes", "4", "--order.block", "8", "--order.window", "8"]
+    store = ["--store", "c.zarr", "--output", "pretrained", "--max_steps", "2"]
+    submit("pretrain.sbatch", "", *store, *shape, "--validation_share", "0.2")
+    (tmp_path / "table.csv").write_text("data,seed\nraw/0.h5ad,0\n")
+    base = ["--output", "sweep", "--encoder", "pretrained/export", "--epochs", "1"]
+    base += ["--head.kind", "pooled", "--head.bottleneck", "4"]
+    submit("finetune_array.sbatch", "--array=1-1", "table.csv", *base)
+    labels = ["c.zarr", "--model", "model", "--output", "labelled.h5ad"]
+    submit("annotate_array.sbatch", "--array=0-1", *labels)
+    run(environment, "scbert", "annotate", *labels, cwd=tmp_path)
+    table = (tmp_path / "labelled.csv").read_text().splitlines()
+    assert len(table) == 1 + 120
