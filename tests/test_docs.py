@@ -1,7 +1,7 @@
 """README and docs/: commands fit the real parsers, links lead somewhere, no public name is missing.
 
-What the commands do is tested where they are run: `tests/launchers/test_readme.py` for README and
-docs/getting_started.md. That pages link rightly to each other is what `make docs` checks.
+Every command is run by a test: as shown (`AS_SHOWN`) or in another form (`IN_ANOTHER_FORM`). That
+pages link rightly to each other is what `make docs` checks.
 """
 
 import importlib
@@ -24,6 +24,40 @@ OF_SBATCH = {
     "pretrain.sbatch": ("pretrain", ""),
 }
 """What each template calls before and behind the user's words."""
+
+AS_SHOWN = {
+    "README.md": "tests/launchers/test_readme.py::test_readme_commands_run",
+    "docs/getting_started.md": "tests/launchers/test_readme.py::test_readme_commands_run",
+    "docs/cluster.md": "tests/launchers/test_cluster_page.py::"
+    "test_commands_of_the_cluster_guide_run",
+}
+"""Pages whose commands a test runs word for word."""
+LAB = "tests/finetune/test_registry_lab.py::test_a_lab_registry_keeps_models_for_everybody"
+SERVED = "tests/finetune/test_registry_server.py::test_a_registered_model_labels_cells_over_http"
+IN_ANOTHER_FORM = {
+    "curl -s localhost:5001/invocations": SERVED,
+    "export": LAB,
+    "make quickstart": "tests/launchers/test_quickstart.py::"
+    "test_quickstart_from_raw_counts_to_labels",
+    "make test": ".ci/run::make",
+    "mlflow models serve": SERVED,
+    "mlflow server": LAB,
+    "pg_dump": LAB,
+    "pip install scbert-scale": "tests/launchers/test_wheel.py::"
+    "test_the_wheel_works_outside_the_repository",
+    "python benchmarks/annotation.py": "tests/benchmarks/test_shown.py::test_annotation",
+    "python benchmarks/encoder_step.py": "tests/benchmarks/test_shown.py::test_encoder_step",
+    "python benchmarks/ingest.py": "tests/benchmarks/test_shown.py::test_ingest",
+    "python benchmarks/loader.py": "tests/benchmarks/test_loader.py::"
+    "test_a_small_run_measures_all_that_needs_no_peer",
+    "python benchmarks/pretraining_worth.py": "tests/benchmarks/test_shown.py::"
+    "test_pretraining_worth",
+    # Any program that copies the bucket does; the test of the backup restores from a copy.
+    "rclone sync": LAB,
+    "scbert benchmark": "tests/launchers/test_json.py::test_a_benchmark",
+    "sudo": "tests/support/postgres.py::serve_postgres",
+}
+"""First words of the other pages' commands, and what runs them on other data or in smaller size."""
 
 
 class Understood(Exception):
@@ -101,6 +135,21 @@ def test_shown_commands_fit_the_parsers(command: str, capsys: pytest.CaptureFixt
     except SystemExit as ended:  # --help, --print_config
         understood = not ended.code
     assert understood, f"exit code {code}: {capsys.readouterr().err}"
+
+
+def test_every_shown_command_is_run_by_a_test() -> None:
+    others = [page for page in pages() if str(page.relative_to(ROOT)) not in AS_SHOWN]
+    shown = {command for page in others for command in commands(page)}
+    used = set()
+    for command in shown:
+        words = " ".join(command.split())
+        found = [first for first in IN_ANOTHER_FORM if words.startswith(first)]
+        assert found, f"no test is known to run {command!r}: add one"
+        used.update(found)
+    assert used == set(IN_ANOTHER_FORM), "these are not shown any more"
+    for place in {*AS_SHOWN.values(), *IN_ANOTHER_FORM.values()}:
+        file, _, name = place.partition("::")
+        assert name in (ROOT / file).read_text(encoding="utf-8"), place
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,6 +1,11 @@
-"""The commands that README and the pages in docs/ show."""
+"""The commands that README and the pages in docs/ show, and how a test runs them."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,3 +26,41 @@ def commands(page: Path) -> list[str]:
     text = "\n".join(bash_blocks(page)).replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
     return [line for line in lines if line]
+
+
+def run_shown(command: str, folder: Path, programs: Path | None = None) -> None:
+    """Run a command as a reader would in a shell, with this environment's programs on PATH.
+
+    Args:
+        command: As shown, or with smaller settings behind it.
+        folder: Where the reader stands; runs and models are kept in its `mlflow.db`.
+        programs: Folder of stand-ins, which go before all other programs.
+    """
+    ours = Path(sys.executable).parent
+    path = [*([programs] if programs else []), ours, os.environ["PATH"]]
+    environ = {**os.environ, "PATH": os.pathsep.join(map(str, path))}
+    environ.pop("MLFLOW_TRACKING_URI", None)
+    # A machine that runs tests may run a training at the default port, too.
+    for launcher in ("deepspeed", "python launchers/fan_out.py"):
+        if command.startswith(f"{launcher} "):
+            port = f" --master_port {free_port()} "
+            command = launcher + port + command.removeprefix(f"{launcher} ")
+    started = time.perf_counter()
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(f"{time.perf_counter() - started:6.1f} s  {command}")
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

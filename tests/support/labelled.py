@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import anndata
 import numpy as np
@@ -51,9 +52,10 @@ def write_encoder(
     folder: Path,
     genes: tuple[str, ...] = GENES,
     provenance: Mapping[str, str] = MappingProxyType({}),
+    sequence: Literal["full", "expressed"] = "full",
 ) -> Path:
     """Write the export of a small encoder with random weights."""
-    config = EncoderConfig(dim=16, depth=2, heads=2, dim_head=8)
+    config = EncoderConfig(dim=16, depth=2, heads=2, dim_head=8, sequence=sequence)
     encoder = build_encoder(config, BinningConfig(), len(genes), seed=0)
     weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     write_export(

@@ -1,0 +1,57 @@
+"""Benchmarks that pages in docs/ show, whole, on as few cells as they take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.documents import ROOT
+from tests.support.labelled import write_encoder, write_labelled
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run(script: str, *words: object) -> dict[str, Any]:
+    """Run a script; return its line of JSON."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_annotation(tmp_path: Path) -> None:
+    data = f"baron={write_labelled(tmp_path / 'a.h5ad', 90)}"
+    page = tmp_path / "page.md"
+    methods = ("majority", "nearest mean", "logistic regression", "ours")
+    words = ["--only", "baron, 5 folds", "--methods", ",".join(methods), "--data", data]
+    result = run("annotation.py", *words, "--document", page)
+    assert set(result["figures"]["baron, 5 folds"]["methods"]) == set(methods)
+    assert "## baron, 5 folds" in page.read_text()
+
+
+def test_ingest(tmp_path: Path) -> None:
+    result = run("ingest.py", "--quick", "--json", "--cells", 2_000, "--rounds", 1)
+    assert result["ratios"]["wall_two_workers_vs_one"] > 0
+    assert result["figures"]["one_worker"]["disk_mb"] > 0
+
+
+def test_encoder_step() -> None:
+    result = run("encoder_step.py", "--quick", "--json")
+    assert result["figures"]["length"] == 4_096
+    assert result["ratios"]["forward"] > 1
+
+
+def test_pretraining_worth(tmp_path: Path) -> None:
+    data = f"baron={write_labelled(tmp_path / 'a.h5ad', 90)}"
+    encoder = write_encoder(tmp_path / "encoder", sequence="expressed")
+    line = {"step": 1, "time": 0.0, "loss": 2.0, "masked_accuracy": 0.5}
+    line |= {"commonest_bin_accuracy": 0.6, "cells_per_second": 20.0}
+    history = tmp_path / "metrics.jsonl"
+    history.write_text(json.dumps(line) + "\n")
+    words = ["--encoder", encoder, "--history", history, "--data", data, "--seeds", 1]
+    result = run("pretraining_worth.py", *words, "--kinds", "frozen")
+    assert len(result["figures"]["frozen"]) == 4
