@@ -17,14 +17,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune import pl
     from finetune.annotation import annotate
+    from finetune.benchmark_config import BenchmarkConfig
+    from finetune.config import FinetuneConfig
     from finetune.explaining import gene_attention
     from finetune.page import report
     from finetune.referee import benchmark
     from finetune.train import fit
 
-__all__ = ["annotate", "benchmark", "fit", "gene_attention", "pl", "report"]
+__all__ = [
+    "BenchmarkConfig",
+    "FinetuneConfig",
+    "annotate",
+    "benchmark",
+    "fit",
+    "gene_attention",
+    "pl",
+    "report",
+]
 
 _HOMES = {
+    "BenchmarkConfig": "finetune.benchmark_config",
+    "FinetuneConfig": "finetune.config",
     "annotate": "finetune.annotation",
     "benchmark": "finetune.referee",
     "fit": "finetune.train",

@@ -93,7 +93,7 @@ def fit(
             `raw` that holds counts.
         test: Held-out cells; none holds out a share of each type.
         device: Where to compute; none takes a GPU if there is one.
-        **settings: Further fields of `finetune.config.FinetuneConfig`.
+        **settings: Further fields of `finetune.FinetuneConfig`.
     """
     config = FinetuneConfig(
         encoder=encoder,
