@@ -86,10 +86,6 @@ class TrainingEngine:
     """A DeepSpeed engine behind the few calls that the training loop makes."""
 
     def __init__(self, model: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
-        require_compiler()
-        look_at_build_lock(
-            Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()), time.time()
-        )
         extra = read_deepspeed_json(config.deepspeed)
         deepspeed = _import_deepspeed(ranks)
         optim = config.optim
@@ -224,6 +220,7 @@ class TrainingEngine:
 
 def _import_deepspeed(ranks: Ranks) -> Any:
     """Import DeepSpeed quietly and let it join the process group."""
+    require_compiler()
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed builds its kernel with the `ninja` on PATH: take this environment's, activated or
@@ -231,6 +228,8 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     here = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != here:
         os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    look_at_build_lock(Path(extensions), time.time())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

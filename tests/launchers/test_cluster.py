@@ -1,96 +1,23 @@
 """Training over several hosts with DeepSpeed's own launcher, and what faults look like there."""
 
-import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
-from tests.support.cluster import ROOT, Cluster, Running, missing, start_cluster
-from tests.support.tiny import tiny_store
+from tests.support.cluster import ROOT, Cluster
+from tests.support.cluster_training import (
+    PRETRAIN,
+    command,
+    fan_out,
+    losses,
+    same_steps,
+    settings,
+    wait_for_step,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-
-BIN = Path(sys.executable).parent
-PRETRAIN = ROOT / "launchers" / "pretrain.py"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    assert not missing(), f"these tests start hosts of their own: {missing()}"
-    with start_cluster(tmp_path_factory.mktemp("cluster"), 2) as running:
-        tiny_store(running.folder / "store")
-        running.hostfile(slots=1)
-        yield running
-
-
-def settings(cluster: Cluster, name: str, **changes: object) -> Path:
-    """Write the configuration of a training that would go on for a long time."""
-    config = {
-        "store": str(cluster.folder / "store"),
-        "output": str(cluster.folder / name),
-        "epochs": 1000,
-        "seed": 3,
-        "encoder": {"dim": 8, "depth": 1, "heads": 2, "dim_head": 8},
-        "batch": {"global_size": 16, "micro_size": 4},
-        "order": {"lanes": 4, "block": 8, "window": 8},
-        "optim": {"lr": 1.0e-3, "schedule": "constant"},
-        "validation_share": 0.2,
-        "evaluate_every": 1000,
-        "save_every": 5,
-        "log_every": 1,
-        "watchdog_minutes": 0.15,
-        "tracking": {"uri": f"sqlite:///{cluster.folder / 'mlflow.db'}"},
-        **changes,
-    }
-    path = cluster.folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def command(config: Path, more: str = "") -> str:
-    return (
-        f"{BIN}/deepspeed --hostfile hostfile --master_addr n1 --master_port 29731 "
-        f"{PRETRAIN} --config {config} {more}"
-    )
-
-
-def losses(cluster: Cluster, name: str) -> dict[int, float]:
-    """Loss by step; of a step that was logged twice the later line counts."""
-    path = cluster.folder / name / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def wait_for_step(cluster: Cluster, name: str, step: int, running: Running) -> None:
-    deadline = time.monotonic() + 180
-    while max(losses(cluster, name), default=0) < step:
-        assert running.process.poll() is None, running.text
-        assert time.monotonic() < deadline, running.text
-        time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> dict[int, float]:
-    """Losses of 60 steps on two hosts that nobody disturbed."""
-    code, text = cluster.run(
-        cluster.hosts[0], command(settings(cluster, "undisturbed", max_steps=60))
-    )
-    assert code == 0, text
-    assert re.search(r"export: .*undisturbed/export", text)
-    return losses(cluster, "undisturbed")
-
-
-def same_steps(found: dict[int, float], expected: dict[int, float], rtol: float) -> None:
-    assert len(expected) == 60
-    np.testing.assert_allclose(
-        [found[step] for step in expected], list(expected.values()), rtol=rtol
-    )
 
 
 def test_two_hosts_train_as_one(cluster: Cluster, undisturbed: dict[int, float]) -> None:
@@ -134,13 +61,6 @@ def test_a_hung_rank_is_named_by_the_watchdog(cluster: Cluster) -> None:
     # The guard on n2 kills the frozen process, for which pdsh would wait for ever.
     assert running.wait(60) != 0
     assert running.text.count("rank 1 (n2) stopped, died or lost the network") == 1, running.text
-
-
-def fan_out(config: Path, more: str = "", port: int = 29741) -> str:
-    return (
-        f"SCBERT_LOG=INFO exec {sys.executable} {ROOT}/launchers/fan_out.py --hostfile hostfile "
-        f"--master_addr n1 --master_port {port} --logs logs {more} {PRETRAIN} --config {config}"
-    )
 
 
 def test_without_pdsh_ssh_alone_does_the_same(
@@ -187,23 +107,3 @@ def test_a_cluster_that_is_not_ready_is_refused_within_seconds(
     assert message in text
     assert text.count("error:") == 1
     assert seconds < 30  # about 3 when the machine is free
-
-
-def test_a_host_without_power_is_named_and_the_others_continue(
-    cluster: Cluster, undisturbed: dict[int, float]
-) -> None:
-    """The last test: host n2 does not come back."""
-    config = settings(cluster, "power")
-    running = cluster.start(cluster.hosts[0], command(config))
-    wait_for_step(cluster, "power", 12, running)
-    cluster.lose_power(cluster.hosts[1])
-    assert running.wait(180) != 0  # pdsh returns its own 255 for the host that is gone
-    assert running.text.count("rank 1 (n2) stopped, died or lost the network") == 1, running.text
-    stopped = max(losses(cluster, "power"))
-
-    code, text = cluster.run(
-        cluster.hosts[0],
-        f"{sys.executable} {PRETRAIN} --config {config} --stop_after {max(60, stopped + 1)}",
-    )
-    assert code == 0, text
-    same_steps(losses(cluster, "power"), undisturbed, 1e-5)

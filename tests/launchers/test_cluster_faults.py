@@ -1,4 +1,7 @@
-"""Faults of networks, coordinators and disks on several hosts; after each the training goes on."""
+"""Faults of networks, disks and whole hosts; after each the training goes on.
+
+They come after those of `test_cluster`: the last one leaves a host without power.
+"""
 
 import json
 import re
@@ -9,19 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.launchers.test_cluster import (
-    cluster,
+from tests.support.cluster import ROOT, Cluster
+from tests.support.cluster_training import (
+    PRETRAIN,
     command,
     fan_out,
     losses,
     same_steps,
     settings,
-    undisturbed,
     wait_for_step,
 )
-from tests.support.cluster import ROOT, Cluster
-
-__all__ = ["cluster", "undisturbed"]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -162,3 +162,23 @@ def test_a_full_disk_during_a_save(cluster: Cluster, undisturbed: dict[int, floa
     last = {step: loss for step, loss in undisturbed.items() if step in steps}
     assert max(last) == 60
     np.testing.assert_array_equal([steps[step] for step in last], list(last.values()))
+
+
+def test_a_host_without_power_is_named_and_the_others_continue(
+    cluster: Cluster, undisturbed: dict[int, float]
+) -> None:
+    """The last test: host n2 does not come back."""
+    config = settings(cluster, "power")
+    running = cluster.start(cluster.hosts[0], command(config))
+    wait_for_step(cluster, "power", 12, running)
+    cluster.lose_power(cluster.hosts[1])
+    assert running.wait(180) != 0  # pdsh returns its own 255 for the host that is gone
+    assert running.text.count("rank 1 (n2) stopped, died or lost the network") == 1, running.text
+    stopped = max(losses(cluster, "power"))
+
+    code, text = cluster.run(
+        cluster.hosts[0],
+        f"{sys.executable} {PRETRAIN} --config {config} --stop_after {max(60, stopped + 1)}",
+    )
+    assert code == 0, text
+    same_steps(losses(cluster, "power"), undisturbed, 1e-5)
