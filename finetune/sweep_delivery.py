@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from datastore.store import write_json
+from finetune.registry_client import explained, open_registry
 from finetune.sweep import alone
 from finetune.sweep_row import RowState, find_state, row_folder
 from finetune.sweep_table import SweepRow
 from pretrain.later_delivery import OUTBOX, deliver
-from pretrain.mlflow_client import artifact_location, connect
+from pretrain.mlflow_client import artifact_location
 from pretrain.mlflow_records import open_experiment
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ def deliver_rows(
 
     Returns:
         How many runs MLflow has now, and the numbers of rows of which something still waits.
+
+    Raises:
+        ValueError: If MLflow does not answer or refuses; what was not sent waits.
     """
+    client, uri = open_registry(uri, create=True)
     with alone(output / "deliver.lock"):
-        client = connect(uri)
-        parent = _parent(client, output, name, uri, experiment)
+        with explained(uri):
+            parent = _parent(client, output, name, uri, experiment)
         sent, waiting = 0, []
         for row in rows:
             folder = row_folder(output, row) / "run"
@@ -56,10 +61,12 @@ def deliver_rows(
             if run_id is None:
                 waiting.append(row.number)
                 continue
-            _adopt(client, run_id, parent, row, state)
+            with explained(uri):
+                _adopt(client, run_id, parent, row, state)
             sent += 1
         ended = not waiting and sent == len(rows)
-        _end(client, parent, "FINISHED" if ended else "RUNNING")
+        with explained(uri):
+            client.update_run(parent, status="FINISHED" if ended else "RUNNING")
     return sent, waiting
 
 
@@ -84,7 +91,3 @@ def _adopt(client: MlflowClient, run_id: str, parent: str, row: SweepRow, state:
         tags["sweep.error"] = state.error[:1_000]
     for key, value in tags.items():
         client.set_tag(run_id, key, value)
-
-
-def _end(client: MlflowClient, run_id: str, status: str) -> None:
-    client.update_run(run_id, status=status)

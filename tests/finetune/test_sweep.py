@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,28 @@ def test_each_row_is_one_run_under_one_parent(tmp_path: Path) -> None:
     assert [run.data.metrics["loss"] for run in children] == [0.5] * 3
     assert {run.info.status for run in children} == {"FINISHED"}
     assert {run.data.params["lr"] for run in children} == {"0.1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        pytest.param("http://me:hunter2@127.0.0.1:9", "it does not answer", id="server"),
+        pytest.param("sqlite:///{folder}/torn.db", "the database does not open", id="database"),
+    ],
+)
+def test_runs_wait_for_an_mlflow_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, sentence: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "torn.db").write_bytes(b"no database" * 100)
+    rows, output = rows_of(1), tmp_path / "sweep"
+    run_row(rows[0], output, trained)
+    with pytest.raises(ValueError, match=sentence) as refused:
+        deliver_rows(rows, output, "table", address.format(folder=tmp_path), "sweep")
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+    uri = fresh_store(tmp_path)
+    assert deliver_rows(rows, output, "table", uri, "sweep") == (1, [])
+    assert len(runs_at(uri)) == 2
 
 
 NUM_TASKS = 200

@@ -30,6 +30,7 @@ def test_readme_shows_set_up_first() -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.timeout(1200)
 def test_readme_commands_run(tmp_path: Path) -> None:
     (tmp_path / "launchers").symlink_to(ROOT / "launchers")
     write_labelled(tmp_path / "data" / "a.h5ad", 80, seed=0)
