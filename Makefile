@@ -26,7 +26,7 @@ test: $(STAMP)  ## the tests every change must pass (ARGS="-k masking" for some 
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes each
-	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	$(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 test-cluster: $(STAMP)  ## several hosts and a Slurm on this machine (root; says what to install)
 	$(VENV)/bin/python -m pytest -m "cluster or slurm" $(ARGS)

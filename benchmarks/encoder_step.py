@@ -55,7 +55,7 @@ def main() -> None:
     options = parse()
     fix_allocator()
     torch.set_num_threads(1)
-    length = 4_096 if options.quick else LENGTHS[-1]
+    length = LENGTHS[1] if options.quick else LENGTHS[-1]
     rounds = options.rounds or (1 if options.quick else 2)
     cases = [name for name in CASES if runs_here(name)]
     say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
@@ -78,7 +78,7 @@ def main() -> None:
     say("memory, threads and ranks")
     give_memory_back()
     memory = {name: measure_memory(name, length) for name in cases if "autocast" not in name}
-    ranks = measure_ranks(fastest(cases), 1_024 if options.quick else 4_096)
+    ranks = measure_ranks(fastest(cases), LENGTHS[0] if options.quick else LENGTHS[1])
     ratios = compare(steps, forward, grid, memory, fastest(cases))
     ratios |= {"two_ranks_vs_one": ranks["one"] / ranks["two"]}
     figures = figures_of(steps, memory, length)

@@ -15,7 +15,7 @@ from pretrain.estimate import (
     measure_size,
     seconds_per_cell,
 )
-from pretrain.memory_moments import Placement
+from pretrain.memory_moments import CPU_PROCESS_BYTES, Placement
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_GENES = 16_906
@@ -44,7 +44,8 @@ def write_document(result: dict[str, Any], docs: Path) -> None:
 def predict(preset: str, stage: int) -> Iterator[dict[str, float]]:
     """Weak and strong scaling on H100 nodes of eight, as efficiencies; nothing hidden."""
     content = yaml.safe_load((ROOT / f"launchers/configs/pretrain/{preset}.yaml").read_text())
-    encoder = EncoderConfig(**{**content["encoder"], "gene_embedding": "learned"})
+    shape = {**content["encoder"], "gene_embedding": "learned", "kernel": "torch"}
+    encoder = EncoderConfig(**shape)
     config = PretrainConfig(store="", output="", encoder=encoder)
     size, device = measure_size(encoder, NUM_GENES), DEVICES["h100"]
     one = seconds_per_cell(
@@ -222,7 +223,8 @@ def _memory(result: dict[str, Any]) -> list[str]:
         "`scbert estimate` (bar 15 %). glibc was told to give back at once what is freed "
         "(`MALLOC_MMAP_THRESHOLD_=65536`); by default it keeps some of it. The estimate follows "
         "what DeepSpeed allocates, see `pretrain/memory_moments.py`; nothing in it was fitted but "
-        "50 MB for the process itself. Two ranks unless said, 300 genes, two micro-batches a step:",
+        f"{CPU_PROCESS_BYTES / 1e6:.0f} MB for the process itself. Two ranks unless said, 300 "
+        "genes, two micro-batches a step:",
         "",
         *_table(
             ("training", "peak", "estimated", "measured / estimated"),
