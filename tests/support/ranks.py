@@ -21,7 +21,7 @@ def run_ranks(
     world_size: int,
     tmp_path: Path,
     *arguments: Any,
-    timeout_seconds: float = 280,
+    timeout_seconds: float = 500,
 ) -> list[Any]:
     """Call `fn(ranks, *arguments)` in one new process per rank and return what each rank returned.
 
