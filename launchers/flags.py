@@ -116,7 +116,9 @@ def _wanted(kind: Any) -> str:
         elif typing.get_origin(part) is typing.Literal:
             wanted.append(f"one of {', '.join(map(str, typing.get_args(part)))}")
         elif _plain(part) in _SEVERAL:
-            wanted.append("one or more, separated by spaces")
+            (element, *_) = typing.get_args(part) or (str,)
+            of = {int: " whole numbers", float: " numbers"}.get(element, "")
+            wanted.append(f"one or more{of}, separated by spaces")
         else:
             wanted.append(_GIVE.get(part, f"a value of type {_plain(part).__name__}"))
     return " or ".join(wanted)

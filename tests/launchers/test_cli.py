@@ -141,6 +141,11 @@ NO_YAML = "the --config file is no YAML with settings by name"
         pytest.param("--files a --flag maybe", "--flag is 'maybe'; give true or false", id="bool"),
         pytest.param("--files a --size x", "--size is 'x'; give a whole number or null", id="int"),
         pytest.param(
+            "--files a --seeds one",
+            "--seeds is 'one'; give one or more whole numbers, separated by spaces",
+            id="seeds",
+        ),
+        pytest.param(
             "--files a --size 1.5", "--size is '1.5'; give a whole number or null", id="float"
         ),
         pytest.param(
