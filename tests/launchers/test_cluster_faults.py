@@ -109,7 +109,7 @@ def test_the_coordinator_killed_during_a_save(
 
 
 def test_a_second_job_is_refused_and_a_slow_host_named(cluster: Cluster) -> None:
-    config = settings(cluster, "slow", log_every=10)
+    config = settings(cluster, "slow", log_every=20)
     running = cluster.start(cluster.hosts[0], command(config))
     wait_for_step(cluster, "slow", 20, running)
     code, text = cluster.run(cluster.hosts[0], command(config).replace("29731", "29732"))
