@@ -1,5 +1,7 @@
 // What all native kernels share: memory of a worker, and threads.
 #pragma once
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -32,12 +34,23 @@ class Memory {  // buffers of one worker; freed with it
   }
 };
 
+// While one lives, its thread takes numbers below 1e-38 for zero. Features and their gradients get
+// there, and each operation on such a number would take a hundred times as long.
+class TinyIsZero {
+  const unsigned before = _mm_getcsr();
+
+ public:
+  TinyIsZero() { _mm_setcsr(before | 0x8040); }  // flush results, and read operands as zero
+  ~TinyIsZero() { _mm_setcsr(before); }
+};
+
 // Run `work(next)` on threads of its own; each takes numbers below `tasks` from `next` until none
 // is left. Returns whether memory ran out.
 template <class Work> bool in_parallel(i64 threads, i64 tasks, Work work) {
   std::atomic<i64> next{0};
   std::atomic<bool> failed{false};
   auto guarded = [&] {
+    const TinyIsZero rule;
     try {
       work(next);
     } catch (const std::bad_alloc&) {

@@ -44,7 +44,9 @@ class Layers(nn.Module):
     def native(self, variant: str) -> list[Tensor]:
         """Output, and gradients of the rows and of all weights."""
         x = self.x.clone().requires_grad_()
-        out = native_feed_forward(x, self.norm, self.inner, self.outer, variant)
+        is_wide = x.dtype == torch.float32  # as under autocast, where products are of bf16
+        with torch.autocast("cpu", BF16, enabled=is_wide):
+            out = native_feed_forward(x, self.norm, self.inner, self.outer, variant)
         return self._with_gradients(x, out)
 
     def exact(self) -> list[Tensor]:

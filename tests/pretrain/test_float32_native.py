@@ -103,6 +103,17 @@ def test_extreme_exponents_stay_right(variant: str) -> None:
         assert error(found, exact) < 1e-5
 
 
+def test_tiny_gradients_vanish_and_the_caller_keeps_tiny_numbers(variant: str) -> None:
+    given = Cells([70], None, 2, 16, 20)
+    leaves = [x.clone().requires_grad_() for x in (given.q, given.k, given.v)]
+    offsets = given.offsets, given.query_offsets
+    out = attend(*leaves, given.projection, EPSILON, *offsets, variant)
+    gradients = torch.autograd.grad(out, leaves, torch.full_like(out, 1e-40))
+
+    assert not any(bool(gradient.any()) for gradient in gradients)  # exact ones are below 1e-38
+    assert float(torch.tensor(1e-40) * 2) == pytest.approx(2e-40, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_what_is_not_a_number_is_not_hidden(name: str, variant: str) -> None:
     given = Cells([100, 70], None, 1, 8, 24)
