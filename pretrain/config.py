@@ -101,8 +101,13 @@ class MaskingConfig:
     """Share of each cell's expressed genes that become targets, in (0, 1)."""
     keep_share: float = 0.1
     """Share of the targets that stay visible all the same, in [0, 1)."""
+    zeros: float = 0.0
+    """Genes of bin 0 that become targets, too, for each expressed gene that does; only such as the
+    cell's source measured. 0, as published: the model never has to say that a gene is absent."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.zeros <= 100:
+            raise ValueError(f"masking.zeros is {self.zeros}; give a number from 0 to 100")
         if not 0 < self.ratio < 1:
             raise ValueError(f"masking.ratio is {self.ratio}; give a share between 0 and 1")
         if not 0 <= self.keep_share < 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datastore.config import BinningConfig
 from datastore.randomness import derive_key
-from pretrain.config import EncoderConfig, PretrainConfig
+from pretrain.config import EncoderConfig, MaskingConfig, PretrainConfig
 from pretrain.encoder import ExpressionEncoder, build_encoder
 from pretrain.memory_moments import (
     PERSISTENT,
@@ -71,7 +71,10 @@ DEVICES: Final = {
 
 
 def measure_size(
-    config: EncoderConfig, num_genes: int, model: nn.Module | None = None
+    config: EncoderConfig,
+    num_genes: int,
+    model: nn.Module | None = None,
+    masking: MaskingConfig | None = None,
 ) -> ModelSize:
     """Count a model's elements without making room for them, and a cell's operations.
 
@@ -79,10 +82,11 @@ def measure_size(
         config: Shape of the encoder.
         num_genes: Length of the panel, G.
         model: Model to count, if there is one already.
+        masking: Says how many zeros come back in as targets; none takes none.
     """
     counted = model if model is not None else _on_meta(config, num_genes)
     sizes = [(p.numel(), p.requires_grad) for p in counted.parameters()]
-    tokens = tokens_per_cell(config, num_genes)
+    tokens = tokens_per_cell(config, num_genes, masking)
     return ModelSize(
         trained=sum(numel for numel, trained in sizes if trained),
         frozen=sum(numel for numel, trained in sizes if not trained),
@@ -94,11 +98,14 @@ def measure_size(
     )
 
 
-def tokens_per_cell(config: EncoderConfig, num_genes: int) -> float:
+def tokens_per_cell(
+    config: EncoderConfig, num_genes: int, masking: MaskingConfig | None = None
+) -> float:
     """Positions that the encoder sees of a cell, the constant one included."""
     if config.sequence == "full":
         return num_genes + 1
-    return EXPRESSED_SHARE * num_genes + config.num_zeros + 1
+    hidden_zeros = 0.0 if masking is None else masking.ratio * masking.zeros
+    return EXPRESSED_SHARE * num_genes * (1 + hidden_zeros) + config.num_zeros + 1
 
 
 def flops_per_token(config: EncoderConfig) -> float:
@@ -185,7 +192,8 @@ def _one_cell(config: PretrainConfig, num_genes: int, cells: int = 1) -> tuple[T
     """Made-up inputs, positions to read and targets of some cells."""
     generator = torch.Generator().manual_seed(derive_key(0, "estimate") >> 1)
     inputs = torch.randint(0, config.binning.num_tokens, (cells, num_genes), generator=generator)
-    num_targets = max(1, int(num_genes * EXPRESSED_SHARE * config.masking.ratio))
+    expressed_targets = num_genes * EXPRESSED_SHARE * config.masking.ratio
+    num_targets = max(1, int(expressed_targets * (1 + config.masking.zeros)))
     starts = torch.arange(cells)[:, None] * (num_genes + 1)
     read = (starts + torch.arange(num_targets)).flatten()
     targets = torch.randint(0, config.binning.top_bin + 1, (len(read),), generator=generator)

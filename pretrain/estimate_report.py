@@ -38,7 +38,7 @@ def report(
     config.batch.accumulation_steps(placement.world_size)
     if gpu in DEVICES and config.encoder.kernel == "auto":  # what a GPU runs keeps more than C++
         config = replace(config, encoder=replace(config.encoder, kernel="torch"))
-    size = measure_size(config.encoder, num_genes)
+    size = measure_size(config.encoder, num_genes, masking=config.masking)
     kept = activation_bytes(config, size.tokens, placement.precision)
     need = memory(config, size, placement, kept)
     facts: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
 from pretrain.health import HealthRecord, health_metrics, observed
-from pretrain.masking import commonest_bins, mask_batch
+from pretrain.masking import Measured, commonest_bins, mask_batch
 from pretrain.objective import model_of, to_tensors
 
 
@@ -19,6 +19,7 @@ def evaluate(
     batches: Iterable[TokenBatch | PackedBatch],
     config: PretrainConfig,
     ranks: Ranks,
+    measured: Measured | None = None,
 ) -> dict[str, float]:
     """Reconstruct the same hidden genes of the same held-out cells each time.
 
@@ -35,11 +36,11 @@ def evaluate(
     sums = np.zeros(4)
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            masked = mask_batch(batch, -1, config, encoder.num_genes)
+            masked = mask_batch(batch, -1, config, encoder.num_genes, measured)
             is_looked_at = config.attention_health and number == 0 and len(batch.positions) > 0
             with observed(encoder, health if is_looked_at else None):
                 loss, correct = engine(*to_tensors(masked, ranks.device))
-            rule = commonest_bins(masked, config.binning) == masked.targets
+            rule = commonest_bins(masked, config.binning, config.masking.zeros) == masked.targets
             sums += [float(loss), float(correct), float(rule.sum()), len(masked.targets)]
     engine.train(True)
     loss_sum, correct_sum, rule_sum, count = ranks.sum(list(sums))

@@ -3,6 +3,7 @@
 So the targets of a cell do not depend on its rank, its batch, or a restart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,9 @@ from datastore.loader import PackedBatch, TokenBatch
 from datastore.randomness import derive_key, mix
 from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.embedding import HIDDEN
+
+Measured = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+"""Tells of cells at store positions, (B,), which genes were measured, (B, G)."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class MaskedBatch:
 class PackedMaskedBatch:
     """Cells without what they do not express, one behind the other: what the model sees and says.
 
-    Of each cell there are its expressed genes in the order of the store, then sampled zeros, then
-    the constant position.
+    Of each cell there are its expressed genes in the order of the store, then zeros, first those
+    that are targets, then the constant position.
 
     Attributes:
         inputs: Tokens with the hidden genes replaced by the mask token, uint8, (n,).
@@ -61,13 +65,17 @@ class PackedMaskedBatch:
 
 
 def mask_batch(
-    batch: TokenBatch | PackedBatch, draw: int, config: PretrainConfig, num_genes: int
+    batch: TokenBatch | PackedBatch,
+    draw: int,
+    config: PretrainConfig,
+    num_genes: int,
+    measured: Measured | None = None,
 ) -> MaskedBatch | PackedMaskedBatch:
     """Mask cells in the form that they come in, see `mask_tokens` and `mask_packed`."""
     if isinstance(batch, PackedBatch):
-        return mask_packed(batch, draw, config, num_genes)
+        return mask_packed(batch, draw, config, num_genes, measured)
     masked = mask_tokens(
-        batch.tokens, batch.positions, config.seed, draw, config.masking, config.binning
+        batch.tokens, batch.positions, config.seed, draw, config.masking, config.binning, measured
     )
     if batch.values is None:
         return masked
@@ -82,13 +90,14 @@ def mask_tokens(
     epoch: int,
     masking: MaskingConfig,
     binning: BinningConfig,
+    measured: Measured | None = None,
 ) -> MaskedBatch:
     """Choose targets among each cell's expressed genes and hide most of them.
 
     Of a cell's e expressed genes, `ratio` × e (rounded to the nearest, at least one if e > 0)
     become targets; each of these stays visible with probability `keep_share`. Genes that are not
-    expressed are never chosen (Yang et al. 2022, Methods). A cell without expressed genes has no
-    targets.
+    expressed are never chosen (Yang et al. 2022, Methods), but for `zeros` of them to each of
+    those targets. A cell without expressed genes has no targets.
 
     Args:
         tokens: Expression bins, (B, G).
@@ -97,32 +106,50 @@ def mask_tokens(
         epoch: Targets change from epoch to epoch.
         masking: Shares.
         binning: Says which token is the mask.
+        measured: Tells which zeros say something; none takes all.
     """
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {tokens.shape}; give (cells, genes)")
     cells, genes = np.nonzero(tokens)
     keys = mix(derive_key(seed, "mask", epoch), positions)
     target, kept = _choose(cells, genes, keys, masking)
-    cells, genes = cells[target], genes[target]
+    zeros = _sample_zeros(
+        (cells, genes),
+        mix(derive_key(seed, "zeros", epoch), positions),
+        num_hidden_zeros(np.bincount(cells, minlength=len(tokens)), masking),
+        _known(measured, positions, tokens.shape[1]),
+    )
+    cells, genes = (
+        np.concatenate([cells[target], zeros[0]]),
+        np.concatenate([genes[target], zeros[1]]),
+    )
+    kept = np.concatenate([kept, _stays(zeros[2], masking)])
+    order = np.lexsort((genes, cells))
+    cells, genes, kept = cells[order], genes[order], kept[order]
     inputs = tokens.copy()
     inputs[cells[~kept], genes[~kept]] = binning.mask_token
     return MaskedBatch(inputs, cells, genes, tokens[cells, genes])
 
 
 def mask_packed(
-    batch: PackedBatch, draw: int, config: PretrainConfig, num_genes: int
+    batch: PackedBatch,
+    draw: int,
+    config: PretrainConfig,
+    num_genes: int,
+    measured: Measured | None = None,
 ) -> PackedMaskedBatch:
     """Hide the same genes of the same cells as `mask_tokens`, and leave out what is in bin 0.
 
     A continuous encoder also sees the genes below 1 count per 10,000, which are in bin 0.
-    `encoder.num_zeros` genes of bin 0 come back in, or all of a cell that has fewer: which, is a
-    pure function of seed, draw, cell and gene, too.
+    The zeros that are targets come back in, and `encoder.num_zeros` others, or all of a cell that
+    has fewer: which, is a pure function of seed, draw, cell and gene, too.
 
     Args:
         batch: Cells with the bins of their expressed genes.
         draw: Number of the draw, the epoch.
         config: Seed, shares, tokens and zeros.
         num_genes: Length of the panel, G.
+        measured: Tells which zeros say something; none takes all.
     """
     num_cells = len(batch.positions)
     shown = batch.bins > 0 if batch.values is None else np.ones(len(batch.bins), bool)
@@ -134,27 +161,56 @@ def mask_packed(
     target = expressed[target]
     inputs = bins.copy()
     inputs[target[~kept]] = config.binning.mask_token
-    keys = mix(derive_key(config.seed, "zeros", draw), batch.positions)
-    zeros = _sample_zeros(cells, genes, keys, config.encoder.num_zeros, num_genes)
+    hidden = num_hidden_zeros(np.bincount(cells[expressed], minlength=num_cells), config.masking)
+    of_zero, zero_genes, draws, rank = _sample_zeros(
+        (cells, genes),
+        mix(derive_key(config.seed, "zeros", draw), batch.positions),
+        hidden + config.encoder.num_zeros,
+        _known(measured, batch.positions, num_genes),
+    )
+    is_target = rank < hidden[of_zero]
+    is_hidden = is_target & ~_stays(draws, config.masking)
+    zeros = np.where(is_hidden, config.binning.mask_token, 0).astype(np.uint8)
     every = np.arange(num_cells)
-    of_cell = np.concatenate([cells, zeros[0], every])
+    of_cell = np.concatenate([cells, of_zero, every])
     order = np.argsort(of_cell, kind="stable")
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    rest = np.zeros(len(order) - len(inputs), np.uint8)  # zeros and constant positions
+    constant = np.zeros(num_cells, np.uint8)
     values = None
     if batch.values is not None:
-        seen = np.where(inputs == config.binning.mask_token, HIDDEN, batch.values[shown])
-        values = np.concatenate([seen, rest])[order].astype(np.float32)
+        seen = np.concatenate([batch.values[shown], np.zeros(len(zeros) + num_cells)])
+        seen[: len(inputs)][inputs == config.binning.mask_token] = HIDDEN
+        seen[len(inputs) : len(inputs) + len(zeros)][is_hidden] = HIDDEN
+        values = seen[order].astype(np.float32)
+    read = np.concatenate([place[target], place[len(cells) + np.flatnonzero(is_target)]])
+    rising = np.argsort(read, kind="stable")
     return PackedMaskedBatch(
-        np.concatenate([inputs, rest])[order],
-        np.concatenate([genes, zeros[1], np.full(num_cells, num_genes)])[order],
+        np.concatenate([inputs, zeros, constant])[order],
+        np.concatenate([genes, zero_genes, np.full(num_cells, num_genes)])[order],
         np.concatenate([[0], np.cumsum(np.bincount(of_cell, minlength=num_cells))]),
-        cells[target],
-        place[target],
-        bins[target],
+        np.concatenate([cells[target], of_zero[is_target]])[rising],
+        read[rising],
+        np.concatenate([bins[target], np.zeros(is_target.sum(), np.uint8)])[rising],
         values,
     )
+
+
+def num_targets(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray[np.int64]:
+    """Targets among a cell's expressed genes, of whose number it is a function; (B,)."""
+    chosen = np.maximum(np.rint(expressed * masking.ratio).astype(np.int64), 1)
+    return np.where(expressed > 0, chosen, 0)
+
+
+def num_hidden_zeros(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray[np.int64]:
+    """Targets among a cell's genes of bin 0, if it has as many; (B,)."""
+    return np.rint(num_targets(expressed, masking) * masking.zeros).astype(np.int64)
+
+
+def _known(
+    measured: Measured | None, positions: NDArray[np.int64], num_genes: int
+) -> NDArray[np.bool_]:
+    return np.ones((len(positions), num_genes), bool) if measured is None else measured(positions)
 
 
 def _choose(
@@ -176,40 +232,61 @@ def _choose(
     """
     draw = mix(keys[cells], genes)
     expressed = np.bincount(cells, minlength=len(keys))
-    chosen = np.maximum(np.rint(expressed * masking.ratio).astype(np.int64), 1)
+    chosen = num_targets(expressed, masking)
     order = np.lexsort((draw, cells))  # cells in turn, their genes in random order
     first = np.cumsum(expressed) - expressed
     rank = np.arange(len(order)) - np.repeat(first, expressed)
     target = np.sort(order[rank < np.repeat(chosen, expressed)])
-    kept = mix(draw[target], 1) < np.uint64(int(masking.keep_share * 2.0**64))
-    return target, kept
+    return target, _stays(draw[target], masking)
+
+
+def _stays(draw: NDArray[np.uint64], masking: MaskingConfig) -> NDArray[np.bool_]:
+    """Tell of each target by its draw whether it stays visible."""
+    return mix(draw, 1) < np.uint64(int(masking.keep_share * 2.0**64))
 
 
 def _sample_zeros(
-    cells: NDArray[np.int64],
-    genes: NDArray[np.int64],
+    given: tuple[NDArray[np.int64], NDArray[np.int64]],
     keys: NDArray[np.uint64],
-    number: int,
-    num_genes: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Choose genes that are not among the given ones: cell and gene of each, cells rising."""
-    if not number or not len(keys):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    draw = mix(keys[:, None], np.arange(num_genes))
-    draw[cells, genes] = np.iinfo(np.uint64).max  # no zeros: last of all
-    absent = num_genes - np.bincount(cells, minlength=len(keys))
-    chosen = np.argsort(draw, axis=1)[:, :number]
-    taken = np.arange(chosen.shape[1]) < absent[:, None]
-    return np.nonzero(taken)[0], chosen[taken]
+    numbers: NDArray[np.int64],
+    known: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
+    """Choose known genes that are not among the given ones.
+
+    Args:
+        given: Cell and gene of each gene that is there.
+        keys: What each cell draws from, (B,).
+        numbers: How many to choose in each cell; a cell that has fewer gives all, (B,).
+        known: Genes to choose from, (B, G).
+
+    Returns:
+        Cell, gene, draw and rank within the cell of each; cells rising, in each its draws.
+    """
+    most = min(int(numbers.max(initial=0)), known.shape[1])
+    if not most:
+        empty = np.empty(0, np.int64)
+        return empty, empty, np.empty(0, np.uint64), empty
+    draw = mix(keys[:, None], np.arange(known.shape[1]))
+    absent = known.copy()
+    absent[given] = False
+    draw[~absent] = np.iinfo(np.uint64).max  # last of all
+    chosen = np.argpartition(draw, most - 1, axis=1)[:, :most]
+    draw = np.take_along_axis(draw, chosen, 1)
+    order = np.argsort(draw, axis=1)
+    chosen, draw = np.take_along_axis(chosen, order, 1), np.take_along_axis(draw, order, 1)
+    taken = np.arange(most) < np.minimum(numbers, absent.sum(1))[:, None]
+    cells, rank = np.nonzero(taken)
+    return cells, chosen[taken], draw[taken], rank
 
 
 def commonest_bins(
-    batch: MaskedBatch | PackedMaskedBatch, binning: BinningConfig
+    batch: MaskedBatch | PackedMaskedBatch, binning: BinningConfig, zeros: float = 0.0
 ) -> NDArray[np.uint8]:
     """Guess every target by its cell's commonest visible bin, the rule that training must beat.
 
     A model without gene identity cannot do better: published masked accuracy without gene2vec
     equals this rule. Ties go to the lower bin; a cell without visible expressed genes gets 1.
+    With `zeros` of `MaskingConfig`, 0 is as common as they are among the targets.
 
     Returns:
         Guessed bin of each target, (T,).
@@ -224,4 +301,6 @@ def commonest_bins(
     else:
         counts = np.stack([(batch.inputs == token).sum(axis=1) for token in bins])
     commonest: NDArray[np.uint8] = (counts.argmax(axis=0) + 1).astype(np.uint8)
-    return commonest[batch.cells]
+    commonest[counts.max(axis=0) < zeros * counts.sum(axis=0)] = 0
+    guessed: NDArray[np.uint8] = commonest[batch.cells]
+    return guessed

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from datastore.loader import PackedBatch, TokenBatch
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
+from pretrain.masking import num_hidden_zeros
 
 
 def micro_batches(
@@ -38,18 +39,17 @@ def cut_by_tokens(batch: PackedBatch, config: PretrainConfig, ranks: Ranks) -> l
         Pieces, in order, as many on every rank. A cell that is longer than the budget goes alone.
     """
     assert config.batch.tokens is not None
-    ends = [0, *piece_ends(token_counts(batch, config.encoder.num_zeros), config.batch.tokens)]
+    ends = [0, *piece_ends(token_counts(batch, config), config.batch.tokens)]
     most = int(max(ranks.gather(len(ends) - 1)))
     ends += [len(batch.positions)] * (max(1, most) + 1 - len(ends))
     return [_cells(batch, start, stop) for start, stop in pairwise(ends)]
 
 
-def token_counts(batch: PackedBatch, num_zeros: int) -> NDArray[np.int64]:
+def token_counts(batch: PackedBatch, config: PretrainConfig) -> NDArray[np.int64]:
     """Count what the model sees of each cell, (B,): expressed genes, zeros, constant."""
-    if batch.values is not None:
-        return np.diff(batch.offsets) + num_zeros + 1
-    shown = np.concatenate([[0], np.cumsum(batch.bins > 0)])
-    return np.diff(shown[batch.offsets]) + num_zeros + 1
+    expressed = np.diff(np.concatenate([[0], np.cumsum(batch.bins > 0)])[batch.offsets])
+    shown = expressed if batch.values is None else np.diff(batch.offsets)
+    return shown + num_hidden_zeros(expressed, config.masking) + config.encoder.num_zeros + 1
 
 
 def piece_ends(lengths: NDArray[np.int64], budget: int) -> list[int]:

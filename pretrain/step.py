@@ -12,7 +12,7 @@ from datastore.loader import PackedBatch, TokenBatch
 from pretrain.config import PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.engine import TrainingEngine
-from pretrain.masking import commonest_bins, mask_batch
+from pretrain.masking import Measured, commonest_bins, mask_batch
 from pretrain.micro_batches import micro_batches
 from pretrain.nonfinite import update_is_safe
 from pretrain.objective import model_of, to_tensors
@@ -46,6 +46,7 @@ def training_step(
     config: PretrainConfig,
     ranks: Ranks,
     window: Window,
+    measured: Measured | None = None,
 ) -> StepResult:
     """Make one optimizer step.
 
@@ -57,7 +58,7 @@ def training_step(
     draw = info.epoch if config.data.weight_by is None else info.step
     batches = micro_batches(batches, config, ranks)
     num_genes = model_of(engine).encoder.num_genes
-    masked = [mask_batch(batch, draw, config, num_genes) for batch in batches]
+    masked = [mask_batch(batch, draw, config, num_genes, measured) for batch in batches]
     targets = sum(len(batch.targets) for batch in masked)
     # Every target of the global batch weighs the same, however ranks and micro-batches share them.
     (all_targets,) = ranks.sum([targets])
@@ -74,7 +75,7 @@ def training_step(
         if last:  # before the update, which would spoil the weights
             safe = update_is_safe(broken, info.step, info.skipped, config, ranks)
         engine.step(info.learning_rate, update=safe)
-        rule = commonest_bins(batch, config.binning) == batch.targets
+        rule = commonest_bins(batch, config.binning, config.masking.zeros) == batch.targets
         sums[:3] += [float(loss.detach()), float(correct), float(rule.sum())]
     sums[3] = targets
     if not safe:

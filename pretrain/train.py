@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from datastore.loader import CellLoader, PackedBatch, TokenBatch, to_bins, to_tokens
+from datastore.measured import MeasuredGenes
 from datastore.reader import CellReader
 from datastore.sampler import CellSampler
 from datastore.selection import Selection, select_cells
@@ -93,6 +94,8 @@ def _pretrain(
         with_values=config.encoder.expression == "continuous",
     )
     validation = list(_validation_batches(reader, store, selection, config, ranks))
+    shows_zeros = config.encoder.num_zeros or config.masking.zeros
+    measured = MeasuredGenes(store) if shows_zeros else None
 
     vectors, origin = read_gene_vectors(config, store.panel)
     model = build_model(config, store.panel, vectors, construction(config, ranks))
@@ -118,7 +121,7 @@ def _pretrain(
             rate = learning_rate(state.step, sampler.steps_per_epoch, total_steps, config.optim)
             redraw(engine, state.step, config)
             info = StepInfo(epoch, state.step, rate, state.skipped_steps)
-            done = training_step(engine, batches, info, config, ranks, window)
+            done = training_step(engine, batches, info, config, ranks, window, measured)
             window.add(done.sums)
             state = replace(
                 state,
@@ -143,7 +146,7 @@ def _pretrain(
                 require_agreement(engine.model, state.step, ranks)
             metrics = {}
             if state.step % config.evaluate_every == 0 or (last and not interrupted):
-                metrics = evaluate(engine, validation, config, ranks)
+                metrics = evaluate(engine, validation, config, ranks, measured)
                 tracker.log_metrics(metrics, state.step)
                 _log_evaluation(state.step, metrics)
             if state.step % config.save_every == 0 or last:
@@ -156,7 +159,7 @@ def _pretrain(
             window.restart_clock()  # what is between two steps is no training time
         export = None
         if state.step >= total_steps:
-            metrics = metrics or evaluate(engine, validation, config, ranks)
+            metrics = metrics or evaluate(engine, validation, config, ranks, measured)
             state = replace(state, run_id=tracker.run_id)
             export = _export(engine, store, config, state, metrics, origin, ranks)
             tracker.log_artifacts(export, "export")

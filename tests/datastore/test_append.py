@@ -15,6 +15,7 @@ from datastore import append, store_writing, write_pass
 from datastore.append import append_store
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
+from datastore.measured import MeasuredGenes
 from datastore.reader import CellReader
 from datastore.store import CellStore, StoreFormatError, open_store
 from datastore.verification import verify_store
@@ -28,6 +29,7 @@ from tests.support.cells import (
     random_cells,
     store_config,
     stored_cells,
+    stored_parts,
     three_sources,
     write_files,
     write_sources,
@@ -95,6 +97,9 @@ def test_a_generation_is_added_and_nothing_else_changes(
     assert by_name == {"alpha": 0, "beta": 0, "gamma": 0, "delta": 1, "epsilon": 1}
     assert not grown.measured("epsilon")[grown.panel.positions["G28"]]
     assert grown.measured("delta")[grown.panel.positions["G28"]]
+    sources = [name for part in stored_parts(grown) for name in part.obs["source"]]
+    of_cells = MeasuredGenes(grown)(np.arange(124)[::-1])
+    np.testing.assert_array_equal(of_cells, [grown.measured(name) for name in sources[::-1]])
     # A reader that was open before reads on; positions of old cells are what they were.
     np.testing.assert_array_equal(reader.read(position).counts, cells.counts)
     np.testing.assert_array_equal(dense_store(grown)[:70], dense_store(base))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from launchers import estimate as launcher
 from pretrain import estimate
 from pretrain.building import build_model
-from pretrain.config import BatchConfig, EncoderConfig, PretrainConfig
+from pretrain.config import BatchConfig, EncoderConfig, MaskingConfig, PretrainConfig
 from pretrain.encoder import build_encoder
 from pretrain.memory_moments import BUCKET, CPU_PROCESS_BYTES, ModelSize, Placement, at_fullest
 from tests.support.tiny import BINNING, ENCODER, tiny_config, tiny_panel
@@ -47,6 +47,10 @@ def test_the_published_model_has_the_published_size() -> None:
 def test_expressed_genes_are_a_twentieth() -> None:
     config = replace(WIDE, sequence="expressed", num_zeros=100)
     assert estimate.tokens_per_cell(config, 16_906) == pytest.approx(0.053 * 16_906 + 101)
+    masking = MaskingConfig(ratio=0.2, zeros=2)
+    assert estimate.tokens_per_cell(config, 16_906, masking) == pytest.approx(
+        0.053 * 1.4 * 16_906 + 101
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

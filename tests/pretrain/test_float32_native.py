@@ -105,9 +105,9 @@ def test_extreme_exponents_stay_right(variant: str) -> None:
 
 def test_tiny_gradients_vanish_and_the_caller_keeps_tiny_numbers(variant: str) -> None:
     given = Cells([70], None, 2, 16, 20)
-    leaves = [x.clone().requires_grad_() for x in (given.q, given.k, given.v)]
+    q, k, v = leaves = [x.clone().requires_grad_() for x in (given.q, given.k, given.v)]
     offsets = given.offsets, given.query_offsets
-    out = attend(*leaves, given.projection, EPSILON, *offsets, variant)
+    out = attend(q, k, v, given.projection, EPSILON, *offsets, variant)
     gradients = torch.autograd.grad(out, leaves, torch.full_like(out, 1e-40))
 
     assert not any(bool(gradient.any()) for gradient in gradients)  # exact ones are below 1e-38

@@ -12,6 +12,7 @@ from pretrain.config import EncoderConfig, MaskingConfig, PretrainConfig
 from pretrain.embedding import HIDDEN
 from pretrain.masking import (
     MaskedBatch,
+    Measured,
     PackedMaskedBatch,
     commonest_bins,
     mask_batch,
@@ -22,9 +23,9 @@ from pretrain.masking import (
 NUM_GENES = 40
 
 
-def config(num_zeros: int = 0, seed: int = 0) -> PretrainConfig:
+def config(num_zeros: int = 0, seed: int = 0, zeros: float = 0) -> PretrainConfig:
     encoder = EncoderConfig(sequence="expressed", num_zeros=num_zeros)
-    masking = MaskingConfig(ratio=0.3, keep_share=0.2)
+    masking = MaskingConfig(ratio=0.3, keep_share=0.2, zeros=zeros)
     return PretrainConfig(store="s", output="o", encoder=encoder, masking=masking, seed=seed)
 
 
@@ -54,23 +55,77 @@ def dense(batch: PackedMaskedBatch) -> NDArray[np.uint8]:
     return spread[:, :-1]
 
 
-@pytest.mark.parametrize("num_zeros", [0, 3, 100])
-def test_hidden_genes_targets_and_rule_are_those_of_dense_cells(num_zeros: int) -> None:
-    settings = config(num_zeros)
+def measured(positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """All genes but a few, others in each cell."""
+    return (positions[:, None] + np.arange(NUM_GENES)) % 5 > 0
+
+
+@pytest.mark.parametrize("of", [None, measured])
+@pytest.mark.parametrize(
+    ("num_zeros", "zeros"), [(0, 0), (3, 0), (100, 0), (0, 1), (3, 2), (0, 50)]
+)
+def test_hidden_genes_targets_and_rule_are_those_of_dense_cells(
+    num_zeros: int, zeros: float, of: Measured | None
+) -> None:
+    settings = config(num_zeros, zeros=zeros)
     tokens, packed = cells(40, 12, 0, 33, 25, 1)
 
-    ours = mask_packed(packed, 4, settings, NUM_GENES)
+    ours = mask_packed(packed, 4, settings, NUM_GENES, of)
     theirs = mask_tokens(
-        tokens, packed.positions, settings.seed, 4, settings.masking, settings.binning
+        tokens, packed.positions, settings.seed, 4, settings.masking, settings.binning, of
     )
 
     np.testing.assert_array_equal(dense(ours), theirs.inputs)
+    order = np.lexsort((ours.genes[ours.read], ours.cells))  # zeros come last in packed cells
     np.testing.assert_array_equal(ours.cells, theirs.cells)
-    np.testing.assert_array_equal(ours.genes[ours.read], theirs.genes)
-    np.testing.assert_array_equal(ours.targets, theirs.targets)
+    np.testing.assert_array_equal(ours.genes[ours.read][order], theirs.genes)
+    np.testing.assert_array_equal(ours.targets[order], theirs.targets)
     assert (np.diff(ours.read) > 0).all()
     np.testing.assert_array_equal(
-        commonest_bins(ours, settings.binning), commonest_bins(theirs, settings.binning)
+        commonest_bins(ours, settings.binning, zeros)[order],
+        commonest_bins(theirs, settings.binning, zeros),
+    )
+
+
+@pytest.mark.parametrize("zeros", [0.5, 1, 3])
+def test_zeros_become_targets_in_proportion_and_most_are_hidden(zeros: float) -> None:
+    tokens, packed = cells(12, 10, 0, 20)
+    visible: list[bool] = []
+    for draw in range(200):
+        batch = mask_packed(packed, draw, config(zeros=zeros), NUM_GENES, measured)
+        is_zero = batch.targets == 0
+        of_zero = batch.genes[batch.read[is_zero]]
+        assert (tokens[batch.cells[is_zero], of_zero] == 0).all()
+        assert measured(packed.positions)[batch.cells[is_zero], of_zero].all()
+        visible += list(batch.inputs[batch.read[is_zero]] == 0)
+        targets = np.bincount(batch.cells[is_zero], minlength=len(tokens))
+        expected = np.rint(np.array([4, 3, 0, 6]) * zeros)  # 0.3 of the expressed genes
+        absent = (measured(packed.positions) & (tokens == 0)).sum(axis=1)
+        np.testing.assert_array_equal(targets, np.minimum(expected, absent))
+    assert np.mean(visible) == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / len(visible)) ** 0.5)
+
+
+def test_shown_zeros_are_measured_and_no_targets() -> None:
+    _, packed = cells(12, 30)
+
+    batch = mask_packed(packed, 0, config(5, zeros=1), NUM_GENES, measured)
+
+    zero = np.flatnonzero((batch.inputs == 0) & (batch.genes < NUM_GENES))
+    of_cell = np.searchsorted(batch.offsets, zero, side="right") - 1
+    assert measured(packed.positions)[of_cell, batch.genes[zero]].all()
+    shown = np.setdiff1d(zero, batch.read)
+    assert np.bincount(np.searchsorted(batch.offsets, shown, side="right") - 1)[0] == 5
+
+
+def test_rule_says_zero_where_zeros_are_commonest() -> None:
+    _, packed = cells(30, 30)
+    batch = mask_packed(packed, 0, config(zeros=1), NUM_GENES)
+    binning = config().binning
+
+    assert (commonest_bins(batch, binning, 1) == 0).all()
+    plain = mask_packed(packed, 0, config(), NUM_GENES)
+    np.testing.assert_array_equal(
+        commonest_bins(plain, binning, 1e-9), commonest_bins(plain, binning)
     )
 
 

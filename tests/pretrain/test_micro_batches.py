@@ -43,8 +43,8 @@ class FakeRanks:
 
 
 def test_token_counts_by_hand() -> None:
-    np.testing.assert_array_equal(token_counts(packed(4, 0, 7), num_zeros=0), [5, 1, 8])
-    np.testing.assert_array_equal(token_counts(packed(4, 0, 7), num_zeros=3), [8, 4, 11])
+    np.testing.assert_array_equal(token_counts(packed(4, 0, 7), config()), [5, 1, 8])
+    np.testing.assert_array_equal(token_counts(packed(4, 0, 7), config(num_zeros=3)), [8, 4, 11])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_pieces_are_the_cells_in_order(num_zeros: int) -> None:
     assert len(pieces) > 10
     for piece in pieces:
         assert piece.offsets[0] == 0
-        total = token_counts(piece, num_zeros).sum()
+        total = token_counts(piece, config(12, num_zeros)).sum()
         assert total <= 12 or len(piece.positions) == 1
 
 

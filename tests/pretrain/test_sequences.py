@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pretrain.config import BatchConfig, PretrainConfig
+from pretrain.config import BatchConfig, MaskingConfig, PretrainConfig
 from pretrain.distributed import Ranks
 from pretrain.export import read_export
 from pretrain.train import pretrain
@@ -22,6 +22,7 @@ CONTINUOUS = replace(ENCODER, expression="continuous")
 BY_CELLS = BatchConfig(global_size=16, micro_size=4)
 BY_TOKENS = BatchConfig(global_size=16, micro_size=3, tokens=60)
 """A tiny cell has about 20 tokens; 16 do not divide by 3."""
+ZEROS = MaskingConfig(zeros=1.5)
 
 pytestmark = pytest.mark.multiprocess
 
@@ -70,6 +71,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "tokens": settings(folder, "tokens"),
         "mixed up": settings(folder, "tokens", encoder=ENCODER, batch=BY_CELLS),
         "both": settings(folder, "both", encoder=replace(CONTINUOUS, sequence="expressed")),
+        "zeros": settings(folder, "zeros", masking=ZEROS),
+        "zeros by cells": settings(folder, "zeros by cells", masking=ZEROS, batch=BY_CELLS),
+        "zeros of whole cells": settings(
+            folder, "zeros of whole cells", masking=ZEROS, encoder=ENCODER, batch=BY_CELLS
+        ),
     }
     return Runs(folder, run_ranks(train_all, 1, folder, configs)[0])
 
@@ -85,6 +91,7 @@ def spread(runs: Runs) -> Runs:
     two = {
         "continued": settings(folder, "stopped"),
         "on two": settings(folder, "on two"),
+        "zeros on two": settings(folder, "zeros on two", 3, masking=ZEROS),
         "on two, zero 0": settings(folder, "on two, zero 0", 0),
         "on two, zero 2": settings(folder, "on two, zero 2", 2, encoder=kept),
         "on two, zero 3": settings(folder, "on two, zero 3", 3, encoder=kept),
@@ -98,11 +105,26 @@ def test_losses_by_tokens_are_those_by_cells(runs: Runs) -> None:
     assert runs.losses("cells")[-1] < runs.losses("cells")[0]
 
 
-def check_same(runs: Runs, name: str) -> None:
+def check_same(runs: Runs, name: str, other: str = "cells") -> None:
     assert runs.results[name]["step"] == 8
     for metric in ("loss", "gradient_norm", "validation_loss"):
-        ours, expected = runs.losses(name, metric), runs.losses("cells", metric)
+        ours, expected = runs.losses(name, metric), runs.losses(other, metric)
         np.testing.assert_allclose(ours, expected, rtol=1e-6)  # worst 1.5e-7
+
+
+def test_hidden_zeros_are_those_of_the_cell_however_it_is_cut(runs: Runs) -> None:
+    check_same(runs, "zeros", "zeros by cells")
+    for name in ("zeros", "zeros of whole cells"):
+        losses = runs.losses(name)
+        assert losses[-1] < losses[0]
+    # Of five targets two are expressed: 0 is the commonest bin.
+    rule = runs.losses("zeros", "validation_commonest_bin_accuracy")
+    assert rule[-1] == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.slow
+def test_hidden_zeros_are_those_of_the_cell_on_other_ranks(spread: Runs) -> None:
+    check_same(spread, "zeros on two", "zeros")
 
 
 @pytest.mark.slow

@@ -12,7 +12,13 @@ from scipy import sparse
 from datastore.config import BinningConfig, OrderConfig
 from datastore.genes import GenePanel
 from datastore.store import CellStore, open_store
-from datastore.store_writing import ArraySizes, write_manifest, write_partition, write_root
+from datastore.store_writing import (
+    ArraySizes,
+    write_manifest,
+    write_measured,
+    write_partition,
+    write_root,
+)
 from pretrain.config import (
     BatchConfig,
     EncoderConfig,
@@ -59,12 +65,15 @@ def tiny_store(folder: Path, num_cells: int = NUM_CELLS, empty: int | None = Non
         names = pd.Index([f"tiny/{number}-{row}" for row in range(len(part))], dtype=object)
         rows = np.arange(len(part))
         side = np.array(["even", "odd"])[rows % 2]
-        obs = pd.DataFrame({"source_row": rows, "side": pd.Categorical(side)}, index=names)
+        told = {"source": "tiny", "source_row": rows, "side": pd.Categorical(side)}
+        obs = pd.DataFrame(told, index=names)
         matrix = sparse.csr_matrix(part.astype(np.uint32))
         write_partition(folder / f"dataset_{number}", matrix, obs, tiny_panel(), sizes)
     partitions = [cut, num_cells - cut]
     write_root(folder, tiny_panel())
-    write_manifest(folder, tiny_panel(), partitions, int((counts > 0).sum()), seed=0, sources=[])
+    write_measured(folder, np.packbits(np.ones((1, NUM_GENES), np.bool_), axis=1))
+    sources = [{"name": "tiny", "generation": 0, "cells_kept": num_cells}]
+    write_manifest(folder, tiny_panel(), partitions, int((counts > 0).sum()), 0, sources)
     return open_store(folder)
 
 
