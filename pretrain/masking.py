@@ -199,7 +199,8 @@ def mask_packed(
 def num_targets(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray[np.int64]:
     """Targets among a cell's expressed genes, of whose number it is a function; (B,)."""
     chosen = np.maximum(np.rint(expressed * masking.ratio).astype(np.int64), 1)
-    return np.where(expressed > 0, chosen, 0)
+    targets: NDArray[np.int64] = np.where(expressed > 0, chosen, 0)
+    return targets
 
 
 def num_hidden_zeros(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray[np.int64]:
