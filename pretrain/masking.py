@@ -205,7 +205,10 @@ def num_targets(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray
 
 def num_hidden_zeros(expressed: NDArray[np.int64], masking: MaskingConfig) -> NDArray[np.int64]:
     """Targets among a cell's genes of bin 0, if it has as many; (B,)."""
-    return np.rint(num_targets(expressed, masking) * masking.zeros).astype(np.int64)
+    hidden: NDArray[np.int64] = np.rint(num_targets(expressed, masking) * masking.zeros).astype(
+        np.int64
+    )
+    return hidden
 
 
 def _known(
