@@ -7,9 +7,10 @@ from typing import Any, Final
 BEGIN: Final = "<!-- tables -->"
 END: Final = "<!-- end of tables -->"
 Facts = dict[str, Any]
-FROZEN: Final = ("logistic regression", "probe, fresh", "probe, pretrained")
+FROZEN: Final = ("logistic regression", "probe, fresh", "probe, vectors", "probe, pretrained")
 FROZEN_PAIRS: Final = (
     "probe, pretrained − probe, fresh",
+    "probe, pretrained − probe, vectors",
     "probe, pretrained − logistic regression",
     "with probe, pretrained − logistic regression",
 )
@@ -57,7 +58,12 @@ def grouped(settings: Facts) -> Facts:
 
 
 def table(settings: Facts, methods: Sequence[str], pairs: Sequence[str], key: str) -> str:
-    """Means of methods in percent, and differences in points with half widths of 95 % intervals."""
+    """Means of methods in percent, and differences in points with half widths of 95 % intervals.
+
+    Of the methods and pairs those that were measured.
+    """
+    methods = [name for name in methods if all(name in of["methods"] for of in settings.values())]
+    pairs = [pair for pair in pairs if all(pair in of["differences"] for of in settings.values())]
     titles = ["learn → label, cells of each type", *methods, *pairs]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, facts in settings.items():

@@ -1,4 +1,4 @@
-"""The pretraining that `pretraining_worth.py` asks about: raw files to a store to an export."""
+"""The pretraining that `pretraining_worth.py` asks about: raw files to an export."""
 
 import argparse
 import json
@@ -19,13 +19,16 @@ STORE_FLAGS: Final = (
     *("--min_genes", "150", "--duplicates", "drop"),
 )
 """The 12,000 genes that most cells express; sources of few genes are welcome."""
-QUICK: Final = ("--encoder.dim", "32", "--encoder.depth", "2", "--max_steps", "20")
+VECTORS: Final = "vectors"
+DIM: Final = "128"
+QUICK_DIM: Final = "32"
+QUICK: Final = ("--encoder.dim", QUICK_DIM, "--encoder.depth", "2", "--max_steps", "20")
 
 
 def pretrained_export(options: argparse.Namespace, folder: Path) -> Path:
-    """Build the store and pretrain, unless that is done already, and return the export."""
+    """Build the store, train gene vectors and pretrain, unless that is done; return the export."""
     folder.mkdir(parents=True, exist_ok=True)
-    store, run = folder / "cells.zarr", folder / "run"
+    store, vectors, run = folder / "cells.zarr", folder / VECTORS, folder / "run"
     sources = [quick_source(folder)] if options.quick else options.sources
     if not store.exists():
         tables = []
@@ -34,10 +37,14 @@ def pretrained_export(options: argparse.Namespace, folder: Path) -> Path:
                 tables += [f"--panel.{name}", getattr(options, name)]
         listed = json.dumps([str(Path(source).resolve()) for source in sources])
         command("build_store", "--sources", listed, "--output", store, *STORE_FLAGS, *tables)
+    if not vectors.exists():
+        dim = QUICK_DIM if options.quick else DIM
+        command("genes", "embed", "--store", store, "--dim", dim, "--output", vectors)
     if not (run / "export").exists():
         config = ("--config", CONFIGS / "pretrain" / "two_cores.yaml")
         command(
             *("pretrain", *config, "--store", store, "--output", run),
+            *("--gene2vec.vectors", vectors / "genes.npy"),
             *(
                 "--deepspeed",
                 CONFIGS / "deepspeed" / ("zero2_bf16.json" if multiplies_bf16() else "zero1.json"),

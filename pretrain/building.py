@@ -42,13 +42,15 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]), construction():
         torch.manual_seed(config.seed)
-        return MaskedGeneModel(encoder)
+        return MaskedGeneModel(encoder, sums_up=config.cell_objective > 0)
 
 
 def read_gene_vectors(
     config: PretrainConfig, panel: GenePanel
 ) -> tuple[Tensor | None, dict[str, Any] | None]:
     """Read gene vectors in panel order and where they come from, if the configuration names any.
+
+    Those that a learned table begins with are brought to a spread of 1.
 
     Raises:
         ValueError: If they are not as wide as the encoder.
@@ -70,7 +72,11 @@ def read_gene_vectors(
             "nothing of the gene (scbert genes embed --missing random gives them some)",
             without,
         )
-    return torch.from_numpy(vectors.matrix), {
+    matrix = torch.from_numpy(vectors.matrix)
+    if config.encoder.gene_embedding == "learned":
+        # As wide as a random table, or the expression embedding drowns them: gene2vec spreads 0.2.
+        matrix = matrix / matrix.std().clamp(min=1e-6)
+    return matrix, {
         **provenance_of(path),
         "genes_of_panel_without": without,
     }

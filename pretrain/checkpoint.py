@@ -66,6 +66,7 @@ def identity(config: PretrainConfig, store: CellStore) -> dict[str, Any]:
         "gene2vec.vectors": _digest_of_vectors(config),
         "binning": asdict(config.binning),
         "masking": asdict(config.masking),
+        "cell_objective": config.cell_objective,
         "order": asdict(config.order),
         "batch.global_size": config.batch.global_size,
         "optim": asdict(config.optim),

@@ -227,6 +227,9 @@ class PretrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     order: OrderConfig = field(default_factory=OrderConfig)
+    cell_objective: float = 0.0
+    """Weight of a second objective, 0 none (as published): the state of a cell's constant position
+    must foretell the bin of every gene that its source measured, so that it sums up the cell."""
     redraw_every: int = 17
     """Steps between redraws of the random features, 0 never (scBERT: 1,000 passes, 60 a step)."""
     validation_share: float = 0.05
@@ -266,6 +269,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more, or leave it out")
+        if not 0 <= self.cell_objective <= 1_000:
+            raise ValueError(f"cell_objective is {self.cell_objective}; give a weight of 0 or more")
         if self.validation_cells < 0:
             raise ValueError(f"validation_cells is {self.validation_cells}; give 0 or more")
         if not 0 <= self.validation_share < 1:

@@ -120,7 +120,7 @@ class TrainingEngine:
                 weight.register_hook(self._look_at)
         self._undo = ranks.world_size * declared_accumulation_steps(config, ranks.world_size)
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         """Run the model forward."""
         self.on_progress()
         return self._engine(*inputs)

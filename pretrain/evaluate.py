@@ -28,25 +28,34 @@ def evaluate(
     Returns:
         validation_loss (nats per target), validation_masked_accuracy,
         validation_commonest_bin_accuracy; empty if there are no targets at all. With
-        `attention_health` those of `pretrain.health` as well.
+        `attention_health` those of `pretrain.health` as well, with `cell_objective`
+        validation_cell_loss (nats per gene).
     """
     engine.train(False)
     encoder = model_of(engine).encoder
     health = HealthRecord(config.encoder.depth)
-    sums = np.zeros(4)
+    sums = np.zeros(5)
     with torch.no_grad():
         for number, batch in enumerate(batches):
             masked = mask_batch(batch, -1, config, encoder.num_genes, measured)
             is_looked_at = config.attention_health and number == 0 and len(batch.positions) > 0
             with observed(encoder, health if is_looked_at else None):
-                loss, correct = engine(*to_tensors(masked, ranks.device))
+                loss, correct, cell = engine(*to_tensors(masked, ranks.device))
             rule = commonest_bins(masked, config.binning, config.masking.zeros) == masked.targets
-            sums += [float(loss), float(correct), float(rule.sum()), len(masked.targets)]
+            sums += [
+                float(loss),
+                float(correct),
+                float(rule.sum()),
+                len(masked.targets),
+                float(cell),
+            ]
     engine.train(True)
-    loss_sum, correct_sum, rule_sum, count = ranks.sum(list(sums))
+    loss_sum, correct_sum, rule_sum, count, cell_sum = ranks.sum(list(sums))
     if not count:
         return {}
     metrics = health_metrics(ranks.sum(health.sums())) if config.attention_health else {}
+    if config.cell_objective:
+        metrics["validation_cell_loss"] = cell_sum / count
     return metrics | {
         "validation_loss": loss_sum / count,
         "validation_masked_accuracy": correct_sum / count,

@@ -5,6 +5,7 @@ So the targets of a cell do not depend on its rank, its batch, or a restart.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from datastore.randomness import derive_key, mix
 from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.embedding import HIDDEN
 
+UNKNOWN: Final = 255
+"""Stands for the bin of a gene that was not measured."""
 Measured = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 """Tells of cells at store positions, (B,), which genes were measured, (B, G)."""
 
@@ -29,6 +32,8 @@ class MaskedBatch:
         genes: Column of each target, (T,).
         targets: True bin of each target, uint8, (T,).
         values: What a continuous encoder sees in place of `inputs`, float32, (B, G).
+        whole: With a cell objective the true bin of every gene, uint8, (B, G), `UNKNOWN` where the
+            gene was not measured.
     """
 
     inputs: NDArray[np.uint8]
@@ -36,6 +41,7 @@ class MaskedBatch:
     genes: NDArray[np.int64]
     targets: NDArray[np.uint8]
     values: NDArray[np.float32] | None = None
+    whole: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class PackedMaskedBatch:
         read: Place of each target in `inputs`, rising, (T,).
         targets: True bin of each target, uint8, (T,).
         values: What a continuous encoder sees in place of `inputs`, float32, (n,).
+        whole: As of `MaskedBatch`.
     """
 
     inputs: NDArray[np.uint8]
@@ -62,6 +69,7 @@ class PackedMaskedBatch:
     read: NDArray[np.int64]
     targets: NDArray[np.uint8]
     values: NDArray[np.float32] | None = None
+    whole: NDArray[np.uint8] | None = None
 
 
 def mask_batch(
@@ -72,15 +80,31 @@ def mask_batch(
     measured: Measured | None = None,
 ) -> MaskedBatch | PackedMaskedBatch:
     """Mask cells in the form that they come in, see `mask_tokens` and `mask_packed`."""
+    masked: MaskedBatch | PackedMaskedBatch
     if isinstance(batch, PackedBatch):
-        return mask_packed(batch, draw, config, num_genes, measured)
-    masked = mask_tokens(
-        batch.tokens, batch.positions, config.seed, draw, config.masking, config.binning, measured
-    )
-    if batch.values is None:
+        masked = mask_packed(batch, draw, config, num_genes, measured)
+    else:
+        masked = mask_tokens(
+            *(batch.tokens, batch.positions, config.seed, draw, config.masking, config.binning),
+            measured,
+        )
+        if batch.values is not None:
+            hidden = masked.inputs == config.binning.mask_token
+            masked = replace(masked, values=np.where(hidden, np.float32(HIDDEN), batch.values))
+    if not config.cell_objective:
         return masked
-    hidden = masked.inputs == config.binning.mask_token
-    return replace(masked, values=np.where(hidden, np.float32(HIDDEN), batch.values))
+    known = _known(measured, batch.positions, num_genes)
+    return replace(masked, whole=np.where(known, _whole(batch, num_genes), np.uint8(UNKNOWN)))
+
+
+def _whole(batch: TokenBatch | PackedBatch, num_genes: int) -> NDArray[np.uint8]:
+    """The bin of every gene, (B, G)."""
+    if isinstance(batch, TokenBatch):
+        return batch.tokens
+    whole = np.zeros((len(batch.positions), num_genes), np.uint8)
+    cells = np.repeat(np.arange(len(whole)), np.diff(batch.offsets))
+    whole[cells, batch.genes] = batch.bins
+    return whole
 
 
 def mask_tokens(

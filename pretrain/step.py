@@ -67,10 +67,11 @@ def training_step(
     safe = True
     for number, batch in enumerate(masked):
         with window.own_work():
-            loss, correct = engine(*to_tensors(batch, ranks.device))
+            loss, correct, cell = engine(*to_tensors(batch, ranks.device))
         last = number == len(masked) - 1
-        engine.backward(loss / max(1.0, all_targets), last)
-        if not (math.isfinite(loss.detach()) and engine.gradient_is_finite()):
+        whole = loss + config.cell_objective * cell
+        engine.backward(whole / max(1.0, all_targets), last)
+        if not (math.isfinite(whole.detach()) and engine.gradient_is_finite()):
             broken += batches[number].positions.tolist()
         if last:  # before the update, which would spoil the weights
             safe = update_is_safe(broken, info.step, info.skipped, config, ranks)

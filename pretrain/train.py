@@ -94,8 +94,8 @@ def _pretrain(
         with_values=config.encoder.expression == "continuous",
     )
     validation = list(_validation_batches(reader, store, selection, config, ranks))
-    shows_zeros = config.encoder.num_zeros or config.masking.zeros
-    measured = MeasuredGenes(store) if shows_zeros else None
+    asks_zeros = config.encoder.num_zeros or config.masking.zeros or config.cell_objective
+    measured = MeasuredGenes(store) if asks_zeros else None
 
     vectors, origin = read_gene_vectors(config, store.panel)
     model = build_model(config, store.panel, vectors, construction(config, ranks))

@@ -113,7 +113,8 @@ class Guard:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        self._process.wait(10)
+        self._process.kill()  # it has nothing to tidy up, and a busy machine may let it wait
+        self._process.wait()
 
 
 class Watchdog:

@@ -29,7 +29,7 @@ def labelled(per_type: int, seed: int = 0) -> Labelled:
     return Labelled(sparse.csr_matrix(counts), np.repeat(["a", "b"], per_type))
 
 
-def test_embedding_is_the_mean_state_of_expressed_genes() -> None:
+def test_embedding_is_the_mean_state_of_expressed_genes_and_the_constant_one() -> None:
     shape = EncoderConfig(dim=16, depth=2, heads=2, dim_head=8, sequence="expressed")
     encoder = build_encoder(shape, BinningConfig(), GENES, 0).eval()
     counts = labelled(2).counts
@@ -42,7 +42,8 @@ def test_embedding_is_the_mean_state_of_expressed_genes() -> None:
     shown = tokens[:-1] > 0
     keep = torch.cat([shown, torch.tensor([True])])
     states = encoder.encode(genes[keep], tokens[keep], torch.tensor([0, int(keep.sum())]))
-    assert np.allclose(found[1], states.mean(0).detach().numpy(), atol=0.05)
+    expected = torch.cat([states.mean(0), states[-1]]).detach().numpy()
+    assert np.allclose(found[1], expected, atol=0.05)
     assert np.abs(found[0] - found[1]).max() > 0
 
 

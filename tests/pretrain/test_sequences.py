@@ -73,6 +73,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "both": settings(folder, "both", encoder=replace(CONTINUOUS, sequence="expressed")),
         "zeros": settings(folder, "zeros", masking=ZEROS),
         "zeros by cells": settings(folder, "zeros by cells", masking=ZEROS, batch=BY_CELLS),
+        "cell": settings(folder, "cell", cell_objective=2.0),
+        "cell by cells": settings(folder, "cell by cells", cell_objective=2.0, batch=BY_CELLS),
         "zeros of whole cells": settings(
             folder, "zeros of whole cells", masking=ZEROS, encoder=ENCODER, batch=BY_CELLS
         ),
@@ -92,6 +94,7 @@ def spread(runs: Runs) -> Runs:
         "continued": settings(folder, "stopped"),
         "on two": settings(folder, "on two"),
         "zeros on two": settings(folder, "zeros on two", 3, masking=ZEROS),
+        "cell on two": settings(folder, "cell on two", 3, cell_objective=2.0),
         "on two, zero 0": settings(folder, "on two, zero 0", 0),
         "on two, zero 2": settings(folder, "on two, zero 2", 2, encoder=kept),
         "on two, zero 3": settings(folder, "on two, zero 3", 3, encoder=kept),
@@ -122,9 +125,16 @@ def test_hidden_zeros_are_those_of_the_cell_however_it_is_cut(runs: Runs) -> Non
     assert rule[-1] == pytest.approx(0.6, abs=0.05)
 
 
+def test_cells_are_summed_up_however_they_are_cut(runs: Runs) -> None:
+    check_same(runs, "cell", "cell by cells")
+    nats = runs.losses("cell", "validation_cell_loss")
+    assert nats[-1] < nats[0]
+
+
 @pytest.mark.slow
-def test_hidden_zeros_are_those_of_the_cell_on_other_ranks(spread: Runs) -> None:
-    check_same(spread, "zeros on two", "zeros")
+@pytest.mark.parametrize("kind", ["zeros", "cell"])
+def test_zeros_and_sums_do_not_depend_on_ranks(spread: Runs, kind: str) -> None:
+    check_same(spread, f"{kind} on two", kind)
 
 
 @pytest.mark.slow
