@@ -8,8 +8,8 @@ feed-forward just there.
 """
 
 import sys
-from collections.abc import Callable
-from unittest import mock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +114,7 @@ def build_blocks(config: EncoderConfig) -> Performer:
 
     Its random directions are left zero: who builds draws them, see `draw_projection`.
     """
-    module = sys.modules[Performer.__module__]
-    with mock.patch.object(module, "gaussian_orthogonal_random_matrix", _undrawn):
+    with _undrawn_directions():
         performer = Performer(
             dim=config.dim,
             depth=config.depth,
@@ -139,6 +138,18 @@ def build_blocks(config: EncoderConfig) -> Performer:
     return performer
 
 
-def _undrawn(nb_rows: int, nb_columns: int, **_: object) -> Tensor:
-    # Under DeepSpeed's zero.Init tensors are bfloat16, of which there is no QR decomposition.
-    return torch.zeros(nb_rows, nb_columns)
+@contextmanager
+def _undrawn_directions() -> Iterator[None]:
+    """Let performer-pytorch make zeros where it would draw directions.
+
+    Under DeepSpeed's zero.Init tensors are bfloat16, of which there is no QR decomposition.
+    """
+    module = sys.modules[Performer.__module__]
+    draw = module.gaussian_orthogonal_random_matrix
+    module.gaussian_orthogonal_random_matrix = lambda nb_rows, nb_columns, **_: torch.zeros(  # type: ignore[attr-defined]
+        nb_rows, nb_columns
+    )
+    try:
+        yield
+    finally:
+        module.gaussian_orthogonal_random_matrix = draw  # type: ignore[attr-defined]
