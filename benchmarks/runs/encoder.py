@@ -97,15 +97,20 @@ class Ours(nn.Module):
         encoder = build_encoder(config, BinningConfig(), length - 1, 0, vectors)
         self.model = MaskedGeneModel(encoder)
         self.expressed = config.sequence == "expressed"
+        self.num_zeros = config.num_zeros
 
     def forward(self, batch: Batch) -> Tensor:
         given = self._packed(batch) if self.expressed else (batch.tokens, batch.read, batch.targets)
         return self.model(*given).loss / len(batch.targets)
 
     def _packed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The expressed and hidden genes of each cell, and its constant position."""
+        """The expressed and hidden genes of each cell, some of the others, and its constant one."""
         tokens = nn.functional.pad(batch.tokens, (0, 1))
         present = tokens > 0
+        if self.num_zeros:
+            place = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(0))
+            zeros = (place * (batch.tokens == 0)).topk(self.num_zeros).indices
+            present.scatter_(1, zeros, True)
         present[:, -1] = True
         place = present.flatten().cumsum(0) - 1
         offsets = nn.functional.pad(present.sum(1).cumsum(0), (1, 0))
@@ -152,6 +157,7 @@ class Trainer:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+WITH_ZEROS: dict[str, object] = {"sequence": "expressed", "num_zeros": 1_000}
 CASES: dict[str, Callable[[int], Trainer]] = {
     "performer_pytorch": lambda n: Trainer(Published(n), FP32),
     "performer_pytorch_autocast": lambda n: Trainer(Published(n), FP32, autocast=True),
@@ -161,6 +167,8 @@ CASES: dict[str, Callable[[int], Trainer]] = {
     "native_checkpointed": lambda n: Trainer(Ours(n, kernel="native", checkpointing=True), BF16),
     "fp32_checkpointed": lambda n: Trainer(Ours(n, checkpointing=True), FP32),
     "fp32_expressed": lambda n: Trainer(Ours(n, sequence="expressed"), FP32),
+    "fp32_expressed_zeros": lambda n: Trainer(Ours(n, **WITH_ZEROS), FP32),
+    "native_expressed_zeros": lambda n: Trainer(Ours(n, kernel="native", **WITH_ZEROS), BF16),
     "native_expressed": lambda n: Trainer(Ours(n, kernel="native", sequence="expressed"), BF16),
 }
 
