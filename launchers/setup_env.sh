@@ -2,6 +2,7 @@
 # Build the virtual environment, or resolve constraints.txt anew. Called by the Makefile from the repository root:
 #
 #     setup_env.sh install VENV     check prerequisites, create VENV, install torch and then this package
+#     setup_env.sh torch VENV       the same as far as torch, for a wheel to follow
 #     setup_env.sh constraints      install the newest allowed versions into a passing environment and freeze them
 #
 # PYTHON names the interpreter; TORCH is handed to pip as it is, and is the CPU build when unset.
@@ -13,18 +14,23 @@ PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 main() {
     case "${1:-}" in
         install) install "$2" ;;
+        torch) begin "$2" ;;
         constraints) resolve_constraints ;;
-        *) fail "setup_env.sh needs 'install VENV' or 'constraints'; the Makefile calls it." ;;
+        *) fail "setup_env.sh needs 'install VENV', 'torch VENV' or 'constraints'; the Makefile calls it." ;;
     esac
 }
 
 install() {
     venv=$1
-    create_venv "$venv"
-    install_torch "$venv" --constraint constraints.txt
+    begin "$venv"
     say "Installing scbert-scale and its other dependencies."
     "$venv/bin/python" -m pip install -qq --constraint constraints.txt --editable ".[dev]"
     build_kernel "$venv"
+}
+
+begin() {
+    create_venv "$1"
+    install_torch "$1" --constraint constraints.txt
 }
 
 # DeepSpeed compiles its CPU communication kernel at first use; doing it here, one file at a time (1.6 GB each), keeps

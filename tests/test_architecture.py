@@ -4,8 +4,12 @@ Every rule is a function from a file to its offences, so that the last tests can
 """
 
 import ast
+import configparser
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -196,6 +200,23 @@ def test_every_file_keeps_the_rule(rule: Rule) -> None:
 
 def test_every_package_is_looked_at() -> None:
     assert {file.package for file in repository_files()} == set(LAYERS)
+
+
+def test_what_the_packages_import_is_declared() -> None:
+    """In setup.cfg, and not only because something that we ask for asks for it, too."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = dict(setup["options.extras_require"])
+    del extras["dev"]
+    lines = "\n".join([setup["options"]["install_requires"], *extras.values()]).splitlines()
+    declared = {named[0].lower() for line in lines if (named := re.match(r"[\w-]+", line))}
+    homes = packages_distributions()
+    for file in repository_files():
+        for line, name in imports(file):
+            library = name.split(".")[0]
+            if library not in sys.stdlib_module_names and library not in LAYERS:
+                found = {home.lower().replace("_", "-") for home in homes.get(library, [library])}
+                assert found & declared, f"{file.path}:{line} imports {name}: declare it"
 
 
 # --- the rules themselves ---
