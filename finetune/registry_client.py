@@ -17,6 +17,7 @@ from pretrain.mlflow_client import (
     MLFLOW_SETTINGS,
     connect,
     resolve_tracking_uri,
+    why_no_answer,
     without_credentials,
 )
 
@@ -70,28 +71,11 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        address, text = without_credentials(uri), without_credentials(str(error))
-        if "API request to" in text and "failed with" in text:
-            text = _why_no_answer(text)
+        address, text = without_credentials(uri), why_no_answer(without_credentials(str(error)))
         # The original may hold the address with its password, which a traceback would show.
         raise ValueError(f"MLflow at {address}: {text}") from None
     finally:
         os.environ.update({name: before[name] or MLFLOW_SETTINGS[name] for name in ours})
-
-
-def _why_no_answer(text: str) -> str:
-    """Say in a sentence what MLflow wraps in addresses and classes of its HTTP library."""
-    if refused := re.search(r"failed with error code (\d+)", text):
-        cure = "is MLFLOW_TRACKING_URI right?"
-        if refused[1] in ("401", "403"):
-            cure = (
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                "MLFLOW_TRACKING_TOKEN, and ask its keeper which hosts and users it allows"
-            )
-        return f"it refuses with HTTP status {refused[1]}; {cure}"
-    reason = re.search(r"\[Errno -?\d+\] ([\w ,-]+)", text)
-    cause = reason[1] if reason else text
-    return f"it does not answer; is it running, is MLFLOW_TRACKING_URI right? ({cause})"
 
 
 @contextlib.contextmanager

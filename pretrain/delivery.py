@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pretrain.mlflow_client import without_credentials
+from pretrain.mlflow_client import why_no_answer, without_credentials
 from pretrain.mlflow_records import MAX_METRICS_PER_BATCH, SENDERS, open_run, send_metrics
 from pretrain.outbox import Entry, Outbox
 
@@ -27,7 +27,6 @@ REFUSED_FOR_GOOD = {
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
     "MALFORMED_REQUEST",
-    "PERMISSION_DENIED",
     "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",
 }
@@ -167,7 +166,7 @@ class Delivery:
         if not self._failing:
             logger.warning(
                 "MLflow does not take what is logged, training goes on and it is sent later: %s",
-                without_credentials(str(error)),
+                why_no_answer(without_credentials(str(error))),
             )
         with self._changed:
             self._failing, self._uploading = True, False

@@ -65,3 +65,24 @@ def without_credentials(text: str) -> str:
     """Strip ``user:password@`` and secret query values from the addresses in a text."""
     text = re.sub(r"://[^/?#\s@]*(?:@[^/?#\s@]*)*@", "://", text)
     return re.sub(r"(?i)([?&][\w.-]*(?:password|secret|token|key|signature)=)[^&\s]+", r"\1…", text)
+
+
+def why_no_answer(text: str) -> str:
+    """Say in a sentence what MLflow wraps in addresses and classes of its HTTP library.
+
+    Args:
+        text: What MLflow raised, without credentials; returned as it is if no request failed.
+    """
+    if "API request to" not in text or "failed with" not in text:
+        return text
+    if refused := re.search(r"failed with error code (\d+)", text):
+        cure = "is MLFLOW_TRACKING_URI right?"
+        if refused[1] in ("401", "403"):
+            cure = (
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "MLFLOW_TRACKING_TOKEN, and ask its keeper which hosts and users it allows"
+            )
+        return f"it refuses with HTTP status {refused[1]}; {cure}"
+    reason = re.search(r"\[Errno -?\d+\] ([\w ,-]+)", text)
+    cause = reason[1] if reason else text
+    return f"it does not answer; is it running, is MLFLOW_TRACKING_URI right? ({cause})"

@@ -230,6 +230,33 @@ def test_training_goes_on_when_mlflow_raises(
     assert "pw" not in caplog.text
 
 
+class RefusingClient:
+    """A client whose user may not write yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        def fail(*arguments: Any, **options: Any) -> None:
+            text = "API request to endpoint /x failed with error code 403 != 200. Response body: ''"
+            raise MlflowException(text, error_code=7)  # PERMISSION_DENIED
+
+        return fail
+
+
+def test_what_a_user_may_not_write_yet_is_kept_for_later(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    with Tracker(RefusingClient, RUN, lines) as former:
+        former.log_metrics({"loss": 1.0}, 1)
+    assert former.num_undelivered == 3  # the run, the metric, its end
+    assert "it refuses with HTTP status 403; set MLFLOW_TRACKING_USERNAME and" in caplog.text
+    with start(uri, continues=True, metrics_path=lines) as tracker:
+        tracker.log_metrics({"loss": 2.0}, 2)
+    assert tracker.num_undelivered == 0
+    assert history(uri, tracker, "loss") == [(1, 1.0), (2, 2.0)]
+
+
 def test_training_starts_without_a_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
