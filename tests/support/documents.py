@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,27 @@ def commands(page: Path) -> list[str]:
     text = "\n".join(bash_blocks(page)).replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
     return [line for line in lines if line]
+
+
+def shown(page: str, part: str, changes: Mapping[str, str]) -> str:
+    """The one command of a page in docs/ that has this part, with a test's paths and sizes.
+
+    Args:
+        page: Name of the page.
+        part: What tells the command from the page's others.
+        changes: What takes the place of what the page has, each once in the command.
+    """
+    (command,) = {line for line in commands(ROOT / "docs" / page) if part in line}
+    for before, after in changes.items():
+        assert command.count(before) == 1, f"{before!r} is not once in {command!r}"
+        command = command.replace(before, after)
+    return command
+
+
+def inline_code(page: Path) -> list[str]:
+    """All code in the page's running text, each on one line; some of it is commands."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
 
 def run_shown(command: str, folder: Path, programs: Path | None = None) -> None:

@@ -36,18 +36,6 @@ def upload(files: Mapping[str, bytes], address: str) -> None:
         put(f"{address}/{name}", content)
 
 
-def copy_bucket(endpoint: str, bucket: str, target: str) -> None:
-    """Copy all files of a bucket into a new one, as `rclone sync` would."""
-    import boto3  # type: ignore[import-untyped]
-
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
-    client.create_bucket(Bucket=target)
-    for file in client.list_objects_v2(Bucket=bucket)["Contents"]:
-        source = {"Bucket": bucket, "Key": file["Key"]}
-        client.copy_object(CopySource=source, Bucket=target, Key=file["Key"])
-
-
 def put(address: str, content: bytes) -> None:
     kind = {"Content-Type": "application/octet-stream"}
     request = urllib.request.Request(address, data=content, headers=kind, method="PUT")
