@@ -1,6 +1,7 @@
-"""Commands of README and docs/getting_started.md, word for word, on tiny cells."""
+"""Commands of README and docs/getting_started.md, word for word, on tiny cells; its Python, too."""
 
 import re
+import shlex
 from pathlib import Path
 
 import anndata
@@ -45,6 +46,10 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         # The tiny cells express fewer genes than the preset asks for.
         extra = " --min_genes 1" if "store build" in command else ""
         run_shown(command + extra, tmp_path)
+    page = (ROOT / "docs" / "getting_started.md").read_text("utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    run_shown(f"python -W ignore -c {shlex.quote(lines)}", tmp_path)
+    assert (tmp_path / "umap.png").stat().st_size > 0
     annotated = anndata.read_h5ad(tmp_path / "annotated.h5ad")
     assert {"scbert_label", "scbert_confidence", "scbert_novel"} <= set(annotated.obs)
     assert annotated.obsm["X_scbert"].shape[0] == 20
