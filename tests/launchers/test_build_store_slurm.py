@@ -21,7 +21,7 @@ from tests.support.cells import (
     three_sources,
     write_sources,
 )
-from tests.support.cluster import ROOT
+from tests.support.documents import ROOT, inline_code, shown
 from tests.support.slurm import Slurm, missing, start_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -44,8 +44,10 @@ def ingest(slurm: Slurm, folder: Path, output: str) -> subprocess.CompletedProce
     sizes = {"min_genes": 1, "cells_per_partition": 25, "cells_per_shard": 16}
     sizes |= {"cells_per_chunk": 4, "cells_per_slice": 9}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    flags += ["--slurm.jobs", "2", "--slurm.cores", "1", "--slurm.memory", "1GB"]
-    flags += ["--slurm.walltime", "00:10:00"]  # the partition allows an hour
+    page = ROOT / "docs" / "cluster.md"
+    (jobs,) = [code for code in inline_code(page) if code.startswith("--slurm.jobs")]
+    flags += jobs.replace("jobs 8", "jobs 2").replace("cores 4", "cores 1").split()
+    flags += ["--slurm.memory", "1GB", "--slurm.walltime", "00:10:00"]  # an hour is allowed
     return subprocess.run(
         [sys.executable, launcher, "--sources", f"[{folder}/raw]", "--output", output, *flags],
         env={**os.environ, "SLURM_CONF": str(slurm.folder / "slurm.conf")},
@@ -83,6 +85,12 @@ def test_a_refusal_ends_the_jobs(slurm: Slurm, tmp_path: Path, sources: list[str
     assert not {"RUNNING", "PENDING"} & set(states(slurm).values())
 
 
+def array_command(num_tasks: int) -> str:
+    """The line of docs/cluster.md for so many tasks, a core each."""
+    smaller = {"--array=1-20": f"--array=1-{num_tasks}", "--cpus-per-task=4": "--cpus-per-task=1"}
+    return shown("cluster.md", "ingest_array.sbatch", {**smaller, "cells.zarr": "s.zarr"})
+
+
 def leader(folder: Path, former: set[str], seconds: float = 120) -> int:
     """Wait until another task leads and work has begun; return its number."""
     deadline = time.monotonic() + seconds
@@ -118,13 +126,8 @@ def test_an_array_builds_the_same_store_though_leaders_are_lost(
     raw = write_sources(tmp_path / "raw", cells)
     expected = build_store(store_config(raw, tmp_path / "here.zarr", **sizes))
     sizes |= {"min_genes": 1, "cells_per_shard": 16, "cells_per_chunk": 4}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    job = slurm.call(
-        *("sbatch", "--parsable", "--array=1-6", f"--export=ALL,PATH={path}"),
-        *(str(ROOT / "launchers" / "slurm" / "ingest_array.sbatch"), "--sources", "raw"),
-        *("--output", "s.zarr", *(f"--{name}={value}" for name, value in sizes.items())),
-        cwd=tmp_path,
-    ).strip()
+    small = " ".join(f"--{name}={value}" for name, value in sizes.items())
+    job = slurm.submit(f"{array_command(6)} {small}", tmp_path)
     former: set[str] = set()
     slurm.call("scontrol", "requeue", f"{job}_{leader(tmp_path, former)}")  # as preemption does
     kill_task(leader(tmp_path, former))
@@ -143,16 +146,11 @@ def test_an_array_builds_the_same_store_though_leaders_are_lost(
 
 def test_an_array_larger_than_the_sources_is_refused(slurm: Slurm, tmp_path: Path) -> None:
     write_sources(tmp_path / "raw", three_sources()[:1])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    job = slurm.call(
-        *("sbatch", "--parsable", "--array=1-2", f"--export=ALL,PATH={path}"),
-        *(str(ROOT / "launchers" / "slurm" / "ingest_array.sbatch"), "--sources", "raw"),
-        *("--output", "s.zarr"),
-        cwd=tmp_path,
-    ).strip()
+    job = slurm.submit(array_command(2), tmp_path)
     slurm.wait(f"{job}_1", {"FAILED"}, 60)
     slurm.wait(f"{job}_2", {"FAILED"}, 60)
     for log in tmp_path.glob("scbert-ingest-*.log"):
         assert "there is 1 source; submit with --array=1-1" in log.read_text()
         assert "not requeued" in log.read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["raw"]
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"raw", "launchers"}

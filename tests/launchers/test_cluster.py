@@ -16,6 +16,7 @@ from tests.support.cluster_training import (
     settings,
     wait_for_step,
 )
+from tests.support.documents import shown
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -97,9 +98,10 @@ def test_a_cluster_that_is_not_ready_is_refused_within_seconds(
     listen = "import socket, time; s = socket.create_server(('', 29751)); time.sleep(60)"
     listener = cluster.start(cluster.hosts[0], f'exec {sys.executable} -c "{listen}"')
     time.sleep(1.0)
-    command = f"{environ} {sys.executable} {ROOT}/launchers/fan_out.py --hostfile wrong"
+    changes = {"python launchers/": f"{sys.executable} {ROOT}/launchers/", "hosts": "wrong"}
+    asked = f"{environ} {shown('cluster.md', '--check', changes)} --master_port 29751"
     started = time.monotonic()
-    code, text = cluster.run(cluster.hosts[0], f"{command} --master_port 29751 --check")
+    code, text = cluster.run(cluster.hosts[0], asked)
     seconds = time.monotonic() - started
     cluster.signal(cluster.hosts[0], "create_server", "KILL")
     listener.wait(20)

@@ -1,8 +1,6 @@
-"""launchers/slurm/pretrain.sbatch under a real Slurm."""
+"""launchers/slurm/pretrain.sbatch under a real Slurm, by the line of docs/cluster.md."""
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.cluster import ROOT
+from tests.support.documents import shown
 from tests.support.slurm import Slurm, missing, start_slurm
 from tests.support.tiny import tiny_store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-SCRIPT = ROOT / "launchers" / "slurm" / "pretrain.sbatch"
 STEPS = 120
 
 
@@ -48,16 +45,12 @@ def settings(folder: Path, **changes: object) -> Path:
 
 
 def submit(slurm: Slurm, config: Path) -> tuple[str, Path]:
-    log = config.parent / "job.log"
+    smaller = {"--nodes 4": "--nodes 2", "--ntasks-per-node 8": "--ntasks-per-node 1"}
+    smaller |= {" --gpus-per-node 8": "", "pretrain.yaml": config.name}
+    command = shown("cluster.md", "pretrain.sbatch", smaller)
     # The nodes are names on this host that no name service knows.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environ = f"ALL,MASTER_ADDR=127.0.0.1,PATH={path}"
-    job = slurm.call(
-        *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"),
-        *(f"--export={environ}", str(SCRIPT), "--config", str(config)),
-        cwd=ROOT,
-    )
-    return job.strip(), log
+    job = slurm.submit(command, config.parent, MASTER_ADDR="127.0.0.1")
+    return job, config.parent / f"scbert-pretrain-{job}.log"
 
 
 def steps(folder: Path) -> list[int]:

@@ -1,11 +1,14 @@
-"""launchers/slurm/finetune_array.sbatch under a real Slurm: every row ends exactly once."""
+"""launchers/slurm/finetune_array.sbatch under a real Slurm: every row ends exactly once.
+
+Commands are those of docs/cluster.md, on smaller data.
+"""
 
 import contextlib
 import json
 import os
 import re
+import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,17 +18,16 @@ import pytest
 from finetune.config import FinetuneConfig
 from finetune.sweep import RowReport, count_states, report_rows
 from finetune.sweep_table import SweepRow, read_table
+from launchers import scbert
 from launchers.flags import setting_types
-from launchers.sweep import main
 from pretrain.mlflow_client import connect
-from tests.support.cluster import ROOT
+from tests.support.documents import shown
 from tests.support.labelled import write_encoder, write_labelled
 from tests.support.mlflow_store import fresh_store
 from tests.support.slurm import Slurm, missing, start_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-SCRIPT = ROOT / "launchers" / "slurm" / "finetune_array.sbatch"
 NUM_ROWS = 24
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
@@ -49,15 +51,10 @@ class Sweep:
         self.rows: list[SweepRow] = read_table(folder / "table.csv", setting_types(FinetuneConfig))
 
     def submit(self, array: str) -> str:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        small = ["--epochs", "1", "--head.hidden", "4", "--head.bottleneck", "4"]
-        small += ["--head.expression", "false"]
-        job = self.slurm.call(
-            *("sbatch", "--parsable", f"--array={array}%4", f"--export=ALL,PATH={path}"),
-            *(str(SCRIPT), "table.csv", "--output", "sweep", "--encoder", "encoder", *small),
-            cwd=self.folder,
-        )
-        return job.strip()
+        changes = {"1-200%20": f"{array}%4", "models:/scbert-pretrained@champion": "encoder"}
+        small = "--epochs 1 --head.hidden 4 --head.bottleneck 4 --head.expression false"
+        command = shown("cluster.md", "finetune_array.sbatch", changes)
+        return self.slurm.submit(f"{command} {small}", self.folder)
 
     def reports(self) -> list[RowReport]:
         return report_rows(self.rows, self.folder / "sweep")
@@ -121,7 +118,10 @@ class Sweep:
 
 
 def test_every_row_of_an_array_ends_once(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: Slurm,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sweep = Sweep(slurm, tmp_path)
     job = sweep.submit(f"1-{NUM_ROWS + 1}")  # one task more than there are rows
@@ -157,9 +157,10 @@ def test_every_row_of_an_array_ends_once(
     assert "requeued after exit code 137" in said
 
     write_labelled(tmp_path / "late.h5ad", 30)
-    where = [str(tmp_path / "table.csv"), "--output", str(tmp_path / "sweep")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     capsys.readouterr()
-    assert main(["status", *where, "--rows", "failed"]) == 0
+    assert scbert.main(shlex.split(shown("cluster.md", "--rows failed", {}))[1:]) == 0
     array = capsys.readouterr().out.strip()
     assert array == "6,10"
     sweep.submit(array)
@@ -168,7 +169,7 @@ def test_every_row_of_an_array_ends_once(
     assert sweep.logs().count(" is done: accuracy") >= NUM_ROWS
 
     uri = fresh_store(tmp_path)
-    assert main(["collect", *where, "--tracking_uri", uri]) == 0
+    assert scbert.main(shlex.split(shown("cluster.md", "sweep collect", {}))[1:]) == 0
     client = connect(uri)
     numbers = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
     runs = client.search_runs(numbers, max_results=500)

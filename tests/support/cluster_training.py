@@ -1,6 +1,7 @@
 """A training on the hosts of a `cluster`: its settings, the commands that start it, its losses."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import yaml
 
 from tests.support.cluster import ROOT, Cluster, Running
+from tests.support.documents import shown
 
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
 _BIN = Path(sys.executable).parent
@@ -39,10 +41,7 @@ def settings(cluster: Cluster, name: str, **changes: object) -> Path:
 
 
 def command(config: Path, more: str = "") -> str:
-    return (
-        f"{_BIN}/deepspeed --hostfile hostfile --master_addr n1 --master_port 29731 "
-        f"{PRETRAIN} --config {config} {more}"
-    )
+    return f"{_of_the_page('deepspeed --hostfile', config, '29731')} {more}"
 
 
 def losses(cluster: Cluster, name: str) -> dict[int, float]:
@@ -68,7 +67,21 @@ def same_steps(found: dict[int, float], expected: dict[int, float], rtol: float)
 
 
 def fan_out(config: Path, more: str = "", port: int = 29741) -> str:
-    return (
-        f"SCBERT_LOG=INFO exec {sys.executable} {ROOT}/launchers/fan_out.py --hostfile hostfile "
-        f"--master_addr n1 --master_port {port} --logs logs {more} {PRETRAIN} --config {config}"
+    options = f"{port} --logs logs {more}"
+    command = _of_the_page("fan_out.py --hostfile hosts launchers", config, options)
+    return f"SCBERT_LOG=INFO exec {command}"
+
+
+def _of_the_page(part: str, config: Path, port: str) -> str:
+    """A line of docs/cluster.md with this cluster's address and port, and a test's paths."""
+    command = shown(
+        "cluster.md",
+        part,
+        {
+            "--hostfile hosts": f"--hostfile hostfile --master_addr n1 --master_port {port}",
+            " launchers/pretrain.py": f" {PRETRAIN}",
+            "pretrain.yaml": str(config),
+        },
     )
+    command = re.sub(r"^deepspeed", f"{_BIN}/deepspeed", command)
+    return re.sub(r"^python launchers/", f"{sys.executable} {ROOT}/launchers/", command)

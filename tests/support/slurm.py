@@ -8,13 +8,16 @@ which are requeued. Nothing is left behind.
 import contextlib
 import os
 import pwd
+import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.cluster import ROOT
 from tests.support.cluster import missing as missing_programs
 
 NEEDS = {
@@ -44,6 +47,23 @@ class Slurm:
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def submit(self, command: str, folder: Path, **environ: str) -> str:
+        """Give a line of docs/cluster.md that begins with `sbatch`; return the job's number.
+
+        Args:
+            command: The line, with a test's paths and sizes.
+            folder: Where to; gets the repository's batch scripts where the page has them.
+            environ: Further variables of the job.
+        """
+        if not (folder / "launchers").exists():
+            (folder / "launchers").symlink_to(ROOT / "launchers")
+        program, *words = shlex.split(command)
+        assert program == "sbatch"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        pairs = [f"{name}={value}" for name, value in {**environ, "PATH": path}.items()]
+        ours = ["--parsable", f"--export={','.join(['ALL', *pairs])}"]
+        return self.call(program, *ours, *words, cwd=folder).strip()
 
     def state(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""
