@@ -141,7 +141,7 @@ def mask_tokens(
         (cells, genes),
         mix(derive_key(seed, "zeros", epoch), positions),
         num_hidden_zeros(np.bincount(cells, minlength=len(tokens)), masking),
-        _known(measured, positions, tokens.shape[1]),
+        lambda: _known(measured, positions, tokens.shape[1]),
     )
     cells, genes = (
         np.concatenate([cells[target], zeros[0]]),
@@ -190,7 +190,7 @@ def mask_packed(
         (cells, genes),
         mix(derive_key(config.seed, "zeros", draw), batch.positions),
         hidden + config.encoder.num_zeros,
-        _known(measured, batch.positions, num_genes),
+        lambda: _known(measured, batch.positions, num_genes),
     )
     is_target = rank < hidden[of_zero]
     is_hidden = is_target & ~_stays(draws, config.masking)
@@ -277,7 +277,7 @@ def _sample_zeros(
     given: tuple[NDArray[np.int64], NDArray[np.int64]],
     keys: NDArray[np.uint64],
     numbers: NDArray[np.int64],
-    known: NDArray[np.bool_],
+    known: Callable[[], NDArray[np.bool_]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
     """Choose known genes that are not among the given ones.
 
@@ -285,18 +285,19 @@ def _sample_zeros(
         given: Cell and gene of each gene that is there.
         keys: What each cell draws from, (B,).
         numbers: How many to choose in each cell; a cell that has fewer gives all, (B,).
-        known: Genes to choose from, (B, G).
+        known: Gives the genes to choose from, (B, G), if there is something to choose.
 
     Returns:
         Cell, gene, draw and rank within the cell of each; cells rising, in each its draws.
     """
-    most = min(int(numbers.max(initial=0)), known.shape[1])
+    most = int(numbers.max(initial=0))
     if not most:
         empty = np.empty(0, np.int64)
         return empty, empty, np.empty(0, np.uint64), empty
-    draw = mix(keys[:, None], np.arange(known.shape[1]))
-    absent = known.copy()
+    absent = known().copy()
     absent[given] = False
+    most = min(most, absent.shape[1])
+    draw = mix(keys[:, None], np.arange(absent.shape[1]))
     draw[~absent] = np.iinfo(np.uint64).max  # last of all
     chosen = np.argpartition(draw, most - 1, axis=1)[:, :most]
     draw = np.take_along_axis(draw, chosen, 1)
