@@ -79,9 +79,20 @@ def main() -> None:
     say("memory, threads and ranks")
     give_memory_back()
     memory = {name: measure_memory(name, length) for name in cases if "autocast" not in name}
-    ranks = measure_ranks(fastest(cases), LENGTHS[0] if options.quick else LENGTHS[1])
+    short = LENGTHS[0] if options.quick else LENGTHS[1]
+    ranks = {
+        f"{name}, {kind}": measure_ranks(name, short, kind)
+        for name in dict.fromkeys((fastest(cases), "fp32"))
+        for kind in ("rank", "product")
+    }
     ratios = compare(steps, forward, grid, memory, fastest(cases))
-    ratios |= {"two_ranks_vs_one": ranks["one"] / ranks["two"]}
+    of_ranks = {name: seconds["one"] / seconds["two"] for name, seconds in ranks.items()}
+    ratios |= {
+        "two_ranks_vs_one": of_ranks[f"{fastest(cases)}, rank"],
+        "two_products_vs_one": of_ranks[f"{fastest(cases)}, product"],
+        "two_fp32_ranks_vs_one": of_ranks["fp32, rank"],
+        "two_fp32_products_vs_one": of_ranks["fp32, product"],
+    }
     figures = figures_of(steps, memory, length)
     figures |= {
         "length": length,
@@ -165,14 +176,15 @@ def measure_memory(name: str, length: int) -> float:
     return finish(started)["mb"]
 
 
-def measure_ranks(name: str, length: int) -> dict[str, float]:
+def measure_ranks(name: str, length: int, kind: str = "rank") -> dict[str, float]:
     """Seconds by the clock for as many steps of one process of one thread, and of two at once.
 
     The two average their gradients as data-parallel ranks do (gloo); they do twice the cells, so
-    the time of two is halved.
+    the time of two is halved. With `product` the steps are plain products, which share nothing but
+    the machine: what two ranks could reach at most.
     """
     seconds = {}
-    command = [sys.executable, "-W", "ignore", str(RUNS / "encoder.py"), name, str(length), "rank"]
+    command = [sys.executable, "-W", "ignore", str(RUNS / "encoder.py"), name, str(length), kind]
     for world in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             started = [

@@ -1,7 +1,8 @@
 """The published model and ours as training steps; and one of them alone, in a process of its own.
 
-`encoder.py CASE LENGTH memory` prints its peak over the model, in MB, and
-`encoder.py CASE LENGTH rank RANK WORLD STORE` the seconds of some steps beside other ranks.
+`encoder.py CASE LENGTH memory` prints its peak over the model, in MB,
+`encoder.py CASE LENGTH rank RANK WORLD STORE` the seconds of some steps beside other ranks, and
+`encoder.py CASE LENGTH product RANK WORLD STORE` those of plain products in its precision.
 """
 
 import ctypes
@@ -242,10 +243,31 @@ def rank_seconds(
     return {"seconds": seconds}
 
 
+def product_seconds(dtype: torch.dtype, rank: int, world: int, store: str) -> dict[str, float]:
+    """Seconds by the clock of plain products, begun at the same time as the other ranks'."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    a, b = (torch.randn(2_048, 2_048).to(dtype) for _ in range(2))
+    out = torch.empty(2_048, 2_048, dtype=dtype)
+    torch.mm(a, b, out=out)
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    for _ in range(100):
+        torch.mm(a, b, out=out)
+    seconds = time.perf_counter() - start
+    torch.distributed.destroy_process_group()
+    return {"seconds": seconds}
+
+
 def main() -> None:
     """Print one line of JSON."""
     case, length, kind, *rest = sys.argv[1:]
     torch.set_num_threads(1)
+    if kind == "product":
+        dtype = BF16 if case.startswith("native") else FP32
+        print(json.dumps(product_seconds(dtype, int(rest[0]), int(rest[1]), rest[2])))
+        return
     if kind == "rank":
         fix_allocator()
     trainer, batch = CASES[case](int(length)), draw(1, int(length))
