@@ -26,7 +26,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +61,7 @@ from finetune.sides import Labelled, file_digest
 from pretrain.encoder import ExpressionEncoder, build_encoder
 from pretrain.export import Export, read_export
 
+NAME: Final = "pretraining_worth"
 BUDGETS: Final = (10, 30, 5, MOST)
 """Cells of each type to learn from, the most telling first."""
 KINDS: Final = ("frozen", "trained")
@@ -108,24 +108,38 @@ def main() -> None:
         export = read_export(folder, "encoder")
         digest = file_digest(Path(folder) / "model.safetensors")
         curve = curve_of(options.history or Path(folder).parent / "metrics.jsonl")
-        figures: dict[str, Any] = {"pretraining": curve, "frozen": {}, "trained": {}}
-        if options.json and options.json.exists():  # a stopped run goes on
-            known = json.loads(options.json.read_text(encoding="utf-8"))["figures"]
-            figures |= {kind: known[kind] for kind in KINDS if known.get("encoder") == digest}
-        figures["encoder"] = digest
-        started = time.process_time()
+        figures: dict[str, Any] = {"encoder": digest, "pretraining": curve}
+        figures |= rows_of(options.json, digest)
         done = {kind: set(figures[kind]) for kind in KINDS}
         for kind, name, facts in measure(read_data(options, export), export, options, done):
+            known = rows_of(options.json, digest) if options.json else figures
+            figures |= {of: {**known[of], **figures[of]} for of in KINDS}
             figures[kind][name] = facts
-            figures["cpu_seconds"] = time.process_time() - started
-            result = result_of("pretraining_worth", ratios_of(figures), [], figures)
-            if options.json:  # after each row: a stopped run keeps what it has
-                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if (
+                options.json
+            ):  # after each row: a stopped run goes on, another may run the other kind
+                write_whole(options.json, result_of(NAME, ratios_of(figures), [], figures))
+    result = result_of(NAME, ratios_of(figures), [], figures)
     if options.document:
         write_document(result, options.document)
     if options.figure:
         write_figure(result, options.figure)
     print(json.dumps(result))
+
+
+def rows_of(path: Path | None, encoder: str) -> dict[str, dict[str, Any]]:
+    """Rows that a file has of an encoder, by kind."""
+    figures = {}
+    if path is not None and path.exists():
+        figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return {kind: figures[kind] if figures.get("encoder") == encoder else {} for kind in KINDS}
+
+
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """Write a file beside its place and put it there."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def ratios_of(figures: dict[str, Any]) -> dict[str, float | None]:

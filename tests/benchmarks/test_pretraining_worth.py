@@ -11,7 +11,7 @@ from scipy import sparse
 from benchmarks.pretraining_document import BEGIN, END, write_document, write_figure
 from benchmarks.pretraining_run import curve_of
 from benchmarks.pretraining_trials import MOST, Cells, embed, frozen_trials, split
-from benchmarks.pretraining_worth import differences, summary
+from benchmarks.pretraining_worth import differences, rows_of, summary, write_whole
 from datastore.config import BinningConfig
 from finetune.sides import Labelled
 from pretrain.config import EncoderConfig
@@ -75,6 +75,16 @@ def test_a_telling_embedding_is_ahead_and_a_mute_one_is_not() -> None:
     assert low > 0
     assert low < mean < high
     assert summary(trials)["probe, pretrained"]["accuracy"][0] == 1
+
+
+def test_rows_of_another_encoder_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert rows_of(None, "a") == rows_of(path, "a") == {"frozen": {}, "trained": {}}
+    rows = {"frozen": {"cells, 5": {"methods": {}}}, "trained": {}}
+    write_whole(path, {"figures": {"encoder": "a", **rows}})
+    assert rows_of(path, "a") == rows
+    assert rows_of(path, "b") == {"frozen": {}, "trained": {}}
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
 
 
 def test_page_and_figure(tmp_path: Path) -> None:
