@@ -127,7 +127,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def rows_of(path: Path | None, encoder: str) -> dict[str, dict[str, Any]]:
+def rows_of(path: Path | None, encoder: str | None) -> dict[str, dict[str, Any]]:
     """Rows that a file has of an encoder, by kind."""
     figures = {}
     if path is not None and path.exists():

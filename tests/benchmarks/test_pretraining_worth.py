@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_a_telling_embedding_is_ahead_and_a_mute_one_is_not() -> None:
 def test_rows_of_another_encoder_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert rows_of(None, "a") == rows_of(path, "a") == {"frozen": {}, "trained": {}}
-    rows = {"frozen": {"cells, 5": {"methods": {}}}, "trained": {}}
+    rows: dict[str, dict[str, Any]] = {"frozen": {"cells, 5": {"methods": {}}}, "trained": {}}
     write_whole(path, {"figures": {"encoder": "a", **rows}})
     assert rows_of(path, "a") == rows
     assert rows_of(path, "b") == {"frozen": {}, "trained": {}}
