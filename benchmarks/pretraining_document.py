@@ -13,6 +13,7 @@ FROZEN_PAIRS: Final = (
     "probe, pretrained − probe, vectors",
     "probe, pretrained − logistic regression",
     "with probe, pretrained − logistic regression",
+    "with probe, vectors − logistic regression",
 )
 TUNED: Final = ("fine-tuned, fresh", "fine-tuned, pretrained", "experts alone")
 TUNED_PAIRS: Final = (

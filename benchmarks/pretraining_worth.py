@@ -90,6 +90,7 @@ COMPARED: Final = (
     ("probe, pretrained", "logistic regression"),
     ("probe, fresh", "logistic regression"),
     ("with probe, pretrained", "logistic regression"),
+    ("with probe, vectors", "logistic regression"),
     ("with probe, fresh", "logistic regression"),
     ("fine-tuned, pretrained", "fine-tuned, fresh"),
     ("product, pretrained", "product, fresh"),
@@ -112,12 +113,12 @@ def main() -> None:
         figures |= rows_of(options.json, digest)
         done = {kind: set(figures[kind]) for kind in KINDS}
         for kind, name, facts in measure(read_data(options, export), export, options, done):
-            known = rows_of(options.json, digest) if options.json else figures
-            figures |= {of: {**known[of], **figures[of]} for of in KINDS}
             figures[kind][name] = facts
             if (
                 options.json
             ):  # after each row: a stopped run goes on, another may run the other kind
+                known = rows_of(options.json, digest)
+                figures |= {of: known[of] for of in KINDS if of not in options.kinds}
                 write_whole(options.json, result_of(NAME, ratios_of(figures), [], figures))
     result = result_of(NAME, ratios_of(figures), [], figures)
     if options.document:
