@@ -114,9 +114,7 @@ def main() -> None:
         done = {kind: set(figures[kind]) for kind in KINDS}
         for kind, name, facts in measure(read_data(options, export), export, options, done):
             figures[kind][name] = facts
-            if (
-                options.json
-            ):  # after each row: a stopped run goes on, another may run the other kind
+            if options.json:  # after each row; another process may run the other kind
                 known = rows_of(options.json, digest)
                 figures |= {of: known[of] for of in KINDS if of not in options.kinds}
                 write_whole(options.json, result_of(NAME, ratios_of(figures), [], figures))
