@@ -127,11 +127,10 @@ def to_tensors(
         arrays = (inputs, batch.read, batch.targets, batch.genes, batch.offsets)
     else:
         length = batch.inputs.shape[1] + 1  # the constant position follows the genes
-        arrays = (inputs, batch.cells * length + batch.genes, batch.targets, None, None)
-    return tuple(
-        None if array is None else torch.from_numpy(array).to(device)
-        for array in (*arrays, batch.whole)
-    )
+        arrays = (inputs, batch.cells * length + batch.genes, batch.targets)
+    if batch.whole is not None:
+        arrays = (*arrays, *[None] * (5 - len(arrays)), batch.whole)
+    return tuple(None if array is None else torch.from_numpy(array).to(device) for array in arrays)
 
 
 def model_of(engine: TrainingEngine) -> MaskedGeneModel:
