@@ -247,7 +247,7 @@ def test_what_a_user_may_not_write_yet_is_kept_for_later(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = tmp_path / "metrics.jsonl"
-    with Tracker(RefusingClient, RUN, lines) as former:
+    with Tracker(RefusingClient, RUN | {"token": "refused"}, lines) as former:
         former.log_metrics({"loss": 1.0}, 1)
     assert former.num_undelivered == 3  # the run, the metric, its end
     assert "it refuses with HTTP status 403; set MLFLOW_TRACKING_USERNAME and" in caplog.text
