@@ -54,6 +54,7 @@ class Variant:
 
 VARIANTS: Final[Mapping[str, Variant]] = {
     "amx": Variant("bf16", (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"), "-DFAVOR_AMX"),
+    "avx512_bf16": Variant("bf16", (*_AVX512, "avx512_bf16")),
     "avx512": Variant("bf16", _AVX512),
     "float32_avx512": Variant("float32", _AVX512),
     "float32_avx2": Variant("float32", ("avx2", "fma")),

@@ -2,9 +2,10 @@
 //
 // There is one kind of matrix product, `multiply`: C (rows x N, float) = A (rows x K, bf16) times
 // B (K x N, bf16, "paired": element [k/2][n] is the dword {B[k][n], B[k+1][n]}). It is what the
-// tile instruction TDPBF16PS takes. Two builds share all else:
-//   FAVOR_AMX  16 x 16 tiles (and AVX512-BF16, which every CPU with AMX has)
-//   without    AVX-512 F, BW, VL and DQ: bf16 is widened by shifts, sums are fused multiply-adds
+// tile instruction TDPBF16PS takes. Three builds share all else:
+//   FAVOR_AMX    16 x 16 tiles (and AVX512-BF16, which every CPU with AMX has)
+//   AVX512-BF16  the same product in vectors of 16 pairs, VDPBF16PS
+//   neither      AVX-512 F, BW, VL and DQ: bf16 is widened by shifts, sums are fused multiply-adds
 // Sums are float everywhere; what is multiplied is rounded to bf16.
 #pragma once
 #include <immintrin.h>
@@ -30,7 +31,7 @@ __m512 all(float x) { return _mm512_set1_ps(x); }
 __m512 load_bf16(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
 
 __m512i narrow(__m512 low, __m512 high) {  // 32 bf16, rounded to nearest even
-#ifdef FAVOR_AMX
+#ifdef __AVX512BF16__
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 #else
   auto half = [](__m512 x) {
@@ -137,10 +138,14 @@ void multiply_columns(float* c, i64 ldc, const bf16* a, i64 lda, const uint32_t*
 struct Tiles {};
 
 __m512 dot(__m512 sum, __m512i a, __m512i b) {  // sum + a[even] b[even] + a[odd] b[odd]
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
   const __m512i high = _mm512_set1_epi32(0xffff0000);
   auto odd = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
   auto even = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
   return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
+#endif
 }
 
 template <bool WIDE>
