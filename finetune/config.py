@@ -160,7 +160,7 @@ class FinetuneConfig:
     patience: int = 5
     """Stop after this many epochs without a better validation macro-F1."""
     batch_size: int = 16
-    """Cells per optimizer step."""
+    """Cells per optimizer step, over all ranks."""
     lr: float = 1e-3
     """Learning rate of the head, after warm-up; falls to zero by a cosine."""
     encoder_lr: float = 1e-4
@@ -170,11 +170,14 @@ class FinetuneConfig:
     clip_norm: float = 1.0
     """Highest norm of the whole gradient."""
     cache_gigabytes: float = 1.5
-    """When the head alone learns, cells are encoded once and kept if their states fit in this."""
+    """When the head alone learns, cells are encoded once and kept if their states fit in this,
+    on each rank."""
     reasons_cells: int = 10
     """Held-out cells of each type whose genes are weighed for the page; 0 leaves that out."""
     seed: int = 0
     """Seed of the split, the head and the order."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON for a training on several ranks (ZeRO 0, 1 or 2); none takes ZeRO 1."""
     tracking: TrackingConfig = field(
         default_factory=lambda: TrackingConfig(experiment="scbert-finetune")
     )

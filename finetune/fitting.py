@@ -1,11 +1,14 @@
-"""The loop of fine-tuning: train, validate, stop early, keep the best, continue after a stop."""
+"""The loop of fine-tuning: train, validate, stop early, keep the best, continue after a stop.
+
+Of each batch, and of the validation cells, every rank takes its part. Losses and gradients are
+those of the whole batch, and the first rank's scores decide for all.
+"""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,10 @@ from finetune.classifier import CellClassifier, token_batches
 from finetune.config import FinetuneConfig, LossConfig
 from finetune.expert_pool import class_weights, macro_f1
 from finetune.resume import Progress, load_progress, save_progress
+from finetune.updates import Groups, Updates, updates_of
+from finetune.whole_batch import Share, see_whole_batches
 from pretrain.config import OptimConfig
+from pretrain.distributed import Ranks, alone
 from pretrain.schedule import learning_rate
 from pretrain.tracking import Tracker
 
@@ -51,10 +57,26 @@ class Cells:
 
 @contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Give torch's global generators a seed of their own for a while."""
-    with torch.random.fork_rng():
+    """Give torch's global generators, of CPU and this process's GPU, a seed for a while."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_key(seed, purpose) >> 1)  # torch takes 63 bits
         yield
+
+
+class OwnLogits(nn.Module):
+    """The network's own logits, without the experts': what learns."""
+
+    def __init__(self, model: CellClassifier) -> None:
+        super().__init__()
+        self.encoder, self.head = model.encoder, model.head
+
+    def forward(self, tokens: Tensor, states: Tensor | None = None) -> Tensor:
+        """Logits, (B, C), of tokens, (B, G); `states` spare the encoder, (B, G + 1, D)."""
+        if states is None:
+            states = self.encoder(tokens)
+        logits: Tensor = self.head(states, tokens)[0]
+        return logits
 
 
 def fit_network(
@@ -64,39 +86,89 @@ def fit_network(
     config: FinetuneConfig,
     tracker: Tracker,
     folder: Path,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train until the validation macro-F1 stops rising; leave the best weights in the model.
 
     The network learns the types by itself, so that its cell embedding tells them apart whatever its
     share. Where macro-F1 is equal, the higher log-likelihood counts. An interrupted training
-    continues from its last whole epoch in `folder`, with the same result. In the end
-    `model.correction` is set to the share of the network's logits that, added to the experts',
-    makes validation cells most likely.
+    continues from its last whole epoch in `folder`, with the same result; on another number of
+    ranks to rounding.
+
+    Args:
+        model: The classifier, on its device.
+        train: Cells to learn from, all of them on every rank.
+        validation: Cells that say when to stop.
+        config: What learns, and how.
+        tracker: Gets loss and validation scores of each epoch.
+        folder: Keeps the progress; all ranks read it, the first one writes.
+        ranks: This process among several; none trains alone.
+
+    Raises:
+        ValueError: If a batch has fewer cells than there are ranks, or ranks see other progress.
     """
-    optimizer = _optimizer(model, config)
+    ranks = ranks or alone(next(model.parameters()).device)
+    share = Share(ranks)
+    groups = _learning(model, config)
+    with ranks.failing_together():
+        _require_cells(len(train.codes), config, ranks)
+    if ranks.world_size > 1:
+        see_whole_batches(model.head, share)
+    network = OwnLogits(model)
+    updates = updates_of(network, groups, config, ranks)
     log.info("%d cells to train on, %d to validate", len(train.codes), len(validation.codes))
-    cells, held_out = Inputs(model, train, config), Inputs(model, validation, config)
-    progress = load_progress(folder, model, optimizer) or Progress()
-    for epoch in range(progress.epoch, config.epochs):
-        loss = _epoch(model, cells, optimizer, config, epoch)
+    cells, held_out = (Inputs(model, side, config, ranks) for side in (train, validation))
+    progress = _continued(folder, network, updates, _num_steps(train, config), ranks)
+    while progress.epoch < config.epochs and progress.since < config.patience:
+        loss = _epoch(updates, cells, config, progress.epoch, share, ranks)
         logits = held_out.logits()
-        f1, nats = validate(logits, validation)
+        # The last bit may depend on the processor, and all ranks must go on or stop together.
+        f1, nats = ranks.of_first(validate(logits, validation))
         accuracy = float((logits.argmax(axis=1) == validation.codes).mean())
+        epoch = progress.epoch + 1
         tracker.log_metrics(
-            {"loss": loss, "validation_accuracy": accuracy, "validation_macro_f1": f1}, epoch + 1
+            {"loss": loss, "validation_accuracy": accuracy, "validation_macro_f1": f1}, epoch
         )
         log.info(
             "epoch %d/%d  loss %.4f  validation accuracy %.4f  macro-F1 %.4f",
-            *(epoch + 1, config.epochs, loss, accuracy, f1),
+            *(epoch, config.epochs, loss, accuracy, f1),
         )
-        progress = progress.after(epoch + 1, (f1, -nats), model)
-        save_progress(folder, model, optimizer, progress)
-        if progress.since == config.patience:
-            log.info("no better macro-F1 for %d epochs: stopping", progress.since)
-            break
-    model.load_state_dict(progress.kept)
-    if model.expression is not None:
-        model.correction.fill_(chosen_correction(held_out.logits(), validation))
+        progress = progress.after(epoch, (f1, -nats), network)
+        moments = updates.moments()
+        with ranks.failing_together():
+            if ranks.is_first:
+                save_progress(folder, network, moments, progress)
+    if progress.since == config.patience:
+        log.info("no better macro-F1 for %d epochs: stopping", progress.since)
+    network.load_state_dict(progress.kept)
+
+
+def _require_cells(num_cells: int, config: FinetuneConfig, ranks: Ranks) -> None:
+    smallest = num_cells // -(-num_cells // config.batch_size)
+    if smallest < ranks.world_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} cuts the {num_cells} training cells into batches of "
+            f"{smallest}, but each of {ranks.world_size} ranks needs a cell of every batch; raise "
+            f"batch_size, or start {smallest} at most"
+        )
+
+
+def _continued(
+    folder: Path, network: OwnLogits, updates: Updates, num_steps: int, ranks: Ranks
+) -> Progress:
+    """Load what was saved, on every rank; nothing is as good as an epoch 0."""
+    progress, moments = load_progress(folder, network) or (Progress(), {})
+    epochs = ranks.gather(progress.epoch)
+    with ranks.failing_together():
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"the ranks read different progress in {folder} (epochs "
+                f"{', '.join(f'{epoch:.0f}' for epoch in epochs)}); put the output on a disk that "
+                "all hosts share, or remove its folder `progress`"
+            )
+    if progress.epoch:
+        updates.restore(moments, progress.epoch * num_steps)
+    return progress
 
 
 def chosen_correction(own: NDArray[np.float32], cells: Cells) -> float:
@@ -129,30 +201,30 @@ def _nats(logits: NDArray[np.float32], codes: NDArray[np.int64]) -> NDArray[np.f
 
 
 def _epoch(
-    model: CellClassifier,
+    updates: Updates,
     cells: "Inputs",
-    optimizer: torch.optim.Optimizer,
     config: FinetuneConfig,
     epoch: int,
+    share: Share,
+    ranks: Ranks,
 ) -> float:
     """Pass over the training cells once and return the mean loss."""
-    model.train()
+    updates.train()
     codes = torch.from_numpy(cells.cells.codes)
-    weights = torch.from_numpy(class_weights(cells.cells.codes, len(model.labels))).float()
-    steps = -(-len(codes) // config.batch_size)
+    weights = torch.from_numpy(class_weights(cells.cells.codes, cells.num_classes)).float()
+    steps = _num_steps(cells.cells, config)
     loss_sum = 0.0
     # A seed for each epoch: a training that continues drops the same units.
     with seeded(derive_key(config.seed, "dropout", epoch), "epoch"):
-        for step, rows in enumerate(_order(cells.cells.codes, steps, config, epoch)):
-            _set_rates(optimizer, epoch * steps + step, config.epochs * steps)
-            logits = cells.training_logits(rows)
+        for step, batch in enumerate(_order(cells.cells.codes, steps, config, epoch)):
+            rows = share.of(batch)
+            logits = updates.forward(*cells.of(rows))
             loss = cell_loss(logits, codes[rows].to(logits.device), weights, config.loss)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            scale = _rate(epoch * steps + step, config.epochs * steps)
+            # Over all ranks the sum of these parts is the mean of the batch.
+            updates.step(loss * (len(rows) / len(batch)), scale)
             loss_sum += float(loss.detach()) * len(rows)
-    return loss_sum / len(codes)
+    return ranks.sum([loss_sum])[0] / len(codes)
 
 
 def cell_loss(logits: Tensor, codes: Tensor, weights: Tensor, config: LossConfig) -> Tensor:
@@ -178,44 +250,62 @@ def cell_loss(logits: Tensor, codes: Tensor, weights: Tensor, config: LossConfig
 class Inputs:
     """Cells on their way into a model: as tokens, or encoded once if the encoder stays as it is."""
 
-    def __init__(self, model: CellClassifier, cells: Cells, config: FinetuneConfig) -> None:
-        self.cells = cells
-        self._model, self._batch_size = model, config.batch_size
+    def __init__(
+        self,
+        model: CellClassifier,
+        cells: Cells,
+        config: FinetuneConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Encode, if that is worth it.
+
+        Args:
+            model: The classifier, on its device.
+            cells: The cells, all of them on every rank.
+            config: Says what learns, and how much memory the states may take.
+            ranks: Encode their parts of the cells, and get the states of all; none is alone.
+        """
+        self.cells, self.num_classes = cells, len(model.labels)
+        self._network, self._batch_size = OwnLogits(model), config.batch_size
+        self._device = next(model.parameters()).device
+        self._ranks = ranks or alone(self._device)
         encoder, counts = model.encoder, cells.counts
         num_values = counts.shape[0] * (encoder.num_genes + 1) * encoder.config.dim
         self._states: Tensor | None = None
         if config.train == "head" and 4 * num_values <= config.cache_gigabytes * 1e9:
-            parts = token_batches(counts, self._batch_size, encoder)
+            parts = token_batches(counts[self._own], self._batch_size, encoder)
             with torch.no_grad():
-                self._states = torch.cat([encoder(part.to(self._device)) for part in parts])
+                states = [encoder(part.to(self._device)) for part in parts]
+            shape = (0, encoder.num_genes + 1, encoder.config.dim)
+            own = torch.cat(states or [torch.zeros(shape, device=self._device)])
+            self._states = self._ranks.join_parts(own, counts.shape[0])
 
     @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+    def _own(self) -> slice:
+        return self._ranks.part(len(self.cells.codes))
 
-    def training_logits(self, rows: NDArray[np.int64]) -> Tensor:
-        """Logits of the network for some of the cells, (len(rows), C), in its present mode."""
-        counts = self.cells.counts[rows]
-        (tokens,) = token_batches(counts, len(rows), self._model.encoder)
-        tokens = tokens.to(self._device)
-        states = self._model.encoder(tokens) if self._states is None else self._states[rows]
-        logits: Tensor = self._model.head(states, tokens)[0]
-        return logits
+    def of(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """What the network takes for one or more of the cells: tokens, and states if kept."""
+        encoder = self._network.encoder
+        (tokens,) = token_batches(self.cells.counts[rows], len(rows), encoder)
+        return tokens.to(self._device), None if self._states is None else self._states[rows]
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits of the network for every cell, in evaluation mode, (N, C)."""
-        self._model.eval()
-        rows = np.arange(len(self.cells.codes))
+        """Logits of the network for every cell, in evaluation mode, (N, C); all ranks take part."""
+        self._network.eval()
+        rows = np.arange(len(self.cells.codes))[self._own]
         with torch.no_grad():
             parts = [
-                self.training_logits(rows[start : start + self._batch_size])
+                self._network(*self.of(rows[start : start + self._batch_size])).float()
                 for start in range(0, len(rows), self._batch_size)
             ]
-        return np.asarray(torch.cat(parts).float().cpu().numpy())
+            parts = parts or [torch.zeros(0, self.num_classes, device=self._device)]
+            whole = self._ranks.join_parts(torch.cat(parts), len(self.cells.codes))
+        return np.asarray(whole.cpu().numpy())
 
 
-def _optimizer(model: CellClassifier, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over what learns; everything else is frozen."""
+def _learning(model: CellClassifier, config: FinetuneConfig) -> Groups:
+    """What learns, in groups by rate; everything else is frozen."""
     encoder = model.encoder
     learning: list[nn.Module] = []
     if config.train == "last_block":
@@ -229,24 +319,23 @@ def _optimizer(model: CellClassifier, config: FinetuneConfig) -> torch.optim.Opt
     for table in frozen_tables:
         if table is not None:
             table.requires_grad_(False)
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.head.parameters()), "highest_lr": config.lr},
-        {
-            "params": [weight for weight in encoder.parameters() if weight.requires_grad],
-            "highest_lr": config.encoder_lr,
-        },
+    rates = ((model.head, config.lr), (encoder, config.encoder_lr))
+    groups = [
+        {"params": [w for w in part.parameters() if w.requires_grad], "lr_factor": rate}
+        for part, rate in rates
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], weight_decay=config.weight_decay
-    )
+    return [group for group in groups if group["params"]]
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int) -> None:
-    """Ten steps of warm-up, then a cosine to zero, each group from its own highest rate."""
+def _num_steps(cells: Cells, config: FinetuneConfig) -> int:
+    """Optimizer steps of an epoch."""
+    return -(-len(cells.codes) // config.batch_size)
+
+
+def _rate(step: int, total_steps: int) -> float:
+    """Share of the highest rates: ten steps of warm-up, then a cosine to zero."""
     shape = OptimConfig(lr=1.0, min_lr=0.0, schedule="cosine", warmup_steps=10)
-    scale = learning_rate(step, total_steps, total_steps, shape)
-    for group in optimizer.param_groups:
-        group["lr"] = scale * group["highest_lr"]
+    return learning_rate(step, total_steps, total_steps, shape)
 
 
 def _order(

@@ -29,6 +29,8 @@ class ConvHead(nn.Module):
         # A convolution with a kernel of 1 × D over the embedding is a linear map per gene.
         self.convolution = nn.Linear(dim, 1)
         self.activation = nn.BatchNorm1d(length, affine=False) if config.normalize else nn.ReLU()
+        # Normalization takes the bias away again: trained, it would follow rounding errors.
+        self.convolution.bias.requires_grad_(not config.normalize)
         self.hidden = nn.Linear(length, config.hidden)
         self.bottleneck = nn.Linear(config.hidden, config.bottleneck)
         self.classes = nn.Linear(config.bottleneck, num_classes)
@@ -60,6 +62,7 @@ class PooledHead(nn.Module):
     def __init__(self, dim: int, length: int, num_classes: int, config: HeadConfig) -> None:
         super().__init__()
         self.query = nn.Linear(dim, 1)
+        self.query.bias.requires_grad_(False)  # shifts all scores alike: of no effect
         self.norm = nn.LayerNorm(2 * dim)
         self.bottleneck = nn.Linear(2 * dim, config.bottleneck)
         self.classes = nn.Linear(config.bottleneck, num_classes)

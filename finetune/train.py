@@ -1,9 +1,10 @@
 """Fine-tuning: a pretrained encoder and labelled cells in, a classifier and its report out.
 
 1. Labelled cells are split into a training side, of which some cells validate, and a test side.
-2. Linear experts on expression are tuned inside the training side (`finetune.experts`).
-3. The network learns the types too (`finetune.fitting`); what share of its logits is added to
-   theirs, validation cells decide.
+2. The network learns the types (`finetune.fitting`), on one rank or on several. Afterwards the
+   first rank goes on alone, so that no other waits for it.
+3. Linear experts on expression are tuned inside the training side (`finetune.experts`); what share
+   of the network's logits is added to theirs, validation cells decide.
 4. Probabilities are calibrated and novelty thresholds set on cells that nothing was fitted on.
 5. The test side is labelled, beside the baselines; export, scores and figures are written.
 """
@@ -29,7 +30,7 @@ from finetune.expert_pool import ExpertPool, fit_pool, temperature
 from finetune.explaining import write_run_reasons
 from finetune.expression import counts_per_10k, variable_genes
 from finetune.figures import score_table
-from finetune.fitting import Cells, Inputs, fit_network, seeded
+from finetune.fitting import Cells, Inputs, chosen_correction, fit_network, seeded
 from finetune.heads import expression_logits
 from finetune.metrics import ClassificationScores, score
 from finetune.novelty import fit_detector
@@ -38,7 +39,9 @@ from finetune.page import report
 from finetune.resume import begin, finish
 from finetune.sides import Labelled, Sides, Start, file_digest, read_sides, sides_of
 from finetune.split_digest import split_digest
+from finetune.updates import require_trainable
 from finetune.verdict import verdict
+from pretrain.distributed import Ranks, alone
 from pretrain.export import git_commit
 from pretrain.mlflow_records import recorded
 from pretrain.tracking import Tracker, start_run
@@ -68,7 +71,28 @@ def finetune(config: FinetuneConfig, device: torch.device, *, page: bool = False
     An interrupted training, started again with the same settings and cells, continues. With `page`
     the run also gets its page, `report.html`.
     """
-    return run(config, read_sides(config), device, page=page)
+    result = finetune_on(config, alone(device), page=page)
+    assert result is not None
+    return result
+
+
+def finetune_on(
+    config: FinetuneConfig, ranks: Ranks, *, page: bool = False
+) -> FinetuneResult | None:
+    """As `finetune`, by all ranks together; they need not have been one at the former start.
+
+    Returns:
+        What it came to, on the first rank; None on the others, which leave when the network is
+        trained.
+
+    Raises:
+        ValueError, OSError: If settings, cells or encoder are not usable, or ranks read different
+            cells; on one rank, the others leave with `SystemExit` 2.
+    """
+    with ranks.failing_together():
+        require_trainable(config, ranks)
+        sides = read_sides(config)
+    return run(config, sides, ranks, page=page)
 
 
 def fit(
@@ -102,35 +126,29 @@ def fit(
         **settings,
     )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return run(config, sides_of(adata, config, test), chosen)
+    result = run(config, sides_of(adata, config, test), alone(chosen))
+    assert result is not None
+    return result
 
 
 def run(
-    config: FinetuneConfig, sides: Sides, device: torch.device, *, page: bool = False
-) -> FinetuneResult:
-    """Fine-tune on cells that are read and split."""
+    config: FinetuneConfig, sides: Sides, ranks: Ranks, *, page: bool = False
+) -> FinetuneResult | None:
+    """Fine-tune on cells that are read and split; see `finetune_on`."""
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with start_run(
-        config.tracking.uri,
-        config.tracking.experiment,
-        config.tracking.run_name or output.name,
-        is_first=True,
-        tags={
-            "kind": "finetune",
-            "pretrained": sides.start.lineage,
-            "git_commit": git_commit() or "unknown",
-        },
-        metrics_path=output / "metrics.jsonl",
-    ) as tracker:
-        tracker.log_params(asdict(config))
+    with ranks.failing_together():
+        tracker = _start_tracker(config, sides, ranks)
+    with tracker:
         started = time.perf_counter()
-        pool = None
+        model = train_network(config, sides.start, sides.learn, ranks, tracker, output)
+        if not ranks.is_first:
+            return None
+        pool, pool_started = None, time.perf_counter()
         if config.head.expression:
             pool = fit_pool(sides.learn.counts, sides.learn.labels, config.seed)
             log.info("experts on expression: %s", pool.setting)
-        pool_seconds = time.perf_counter() - started
-        model = train_classifier(config, sides.start, sides.learn, pool, device, tracker, output)
+        pool_seconds = time.perf_counter() - pool_started
+        complete(model, sides.learn, pool, config)
         seconds = time.perf_counter() - started
         result = _score(config, sides, model, pool, (pool_seconds, seconds), tracker.run_id)
         metrics = write_outcome(result, model, sides.test.labels, output)
@@ -164,7 +182,7 @@ def train_classifier(
     tracker: Tracker,
     folder: Path,
 ) -> CellClassifier:
-    """Train on the learning side alone: experts, correction, temperature, thresholds.
+    """Train on the learning side alone: network, correction, temperature, thresholds.
 
     Args:
         config: What learns, and how.
@@ -175,33 +193,97 @@ def train_classifier(
         tracker: Gets loss and validation scores of each epoch.
         folder: Keeps the progress.
     """
+    model = train_network(config, start, learn, alone(device), tracker, folder)
+    complete(model, learn, pool, config)
+    return model
+
+
+def train_network(
+    config: FinetuneConfig,
+    start: Start,
+    learn: Labelled,
+    ranks: Ranks,
+    tracker: Tracker,
+    folder: Path,
+) -> CellClassifier:
+    """Train a classifier's network on the learning side; all ranks take part and get the same.
+
+    Args:
+        config: What learns, and how.
+        start: Encoder and panel.
+        learn: Counts in panel order and types, all of them on every rank.
+        ranks: This process among all.
+        tracker: Gets loss and validation scores of each epoch.
+        folder: Keeps the progress; several ranks see the same one.
+
+    Raises:
+        ValueError: If the ranks have different cells or settings, or too few cells.
+    """
+    identity = _identity(config, learn)
+    with ranks.failing_together():
+        if len(set(ranks.gather_texts(identity))) > 1:
+            raise ValueError(
+                "the ranks read different cells or have different settings; give all of them the "
+                "same files"
+            )
+        if ranks.is_first:
+            begin(folder, identity)
+    rows, held_out = _halves(learn, config)
+    cells = _cells(learn)
+    with seeded(config.seed, "head"):
+        labels = tuple(str(name) for name in np.unique(learn.labels))
+        model = CellClassifier(start.encoder, labels, config.head).to(ranks.device)
+    train, validation = cells.take(rows), cells.take(held_out)
+    fit_network(model, train, validation, config, tracker, folder, ranks)
+    return model.eval()
+
+
+def complete(
+    model: CellClassifier, learn: Labelled, pool: ExpertPool | None, config: FinetuneConfig
+) -> None:
+    """Give a trained network its experts, its share beside them, temperature and thresholds.
+
+    Args:
+        model: From `train_network`.
+        learn: The cells that it learnt from.
+        pool: Experts fitted on `learn`; none leaves the network alone.
+        config: As in `train_network`.
+    """
+    _, held_out = _halves(learn, config)
+    cells = _cells(learn, pool)
+    validation = cells.take(held_out)
+    own = Inputs(model, validation, config).logits()
+    if pool is not None:
+        model.expression = expression_logits(pool.genes, pool.maps).to(model.correction.device)
+        model.correction.fill_(chosen_correction(own, validation))
+    _calibrate(model, cells, held_out, own, pool, config)
+
+
+def _cells(learn: Labelled, pool: ExpertPool | None = None) -> Cells:
     classes, codes = np.unique(learn.labels, return_inverse=True)
     first = np.zeros((len(codes), len(classes)), np.float32) if pool is None else pool.logits
-    cells = Cells(learn.counts, codes, first)
+    return Cells(learn.counts, codes, first)
+
+
+def _halves(learn: Labelled, config: FinetuneConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to train on and rows that validate."""
     rows, held_out = stratified_split(learn.labels, config.data.validation_share, config.seed)
-    if not len(held_out):
-        held_out = rows  # a single cell of each type: there is nothing to choose by
-    expression = None if pool is None else expression_logits(pool.genes, pool.maps)
-    with seeded(config.seed, "head"):
-        labels = tuple(str(name) for name in classes)
-        model = CellClassifier(start.encoder, labels, config.head, expression).to(device)
-    begin(folder, _identity(config, learn))
-    fit_network(model, cells.take(rows), cells.take(held_out), config, tracker, folder)
-    _calibrate(model, cells, held_out, pool, config)
-    return model.eval()
+    # A single cell of each type: there is nothing to choose by.
+    return rows, held_out if len(held_out) else rows
 
 
 def _calibrate(
     model: CellClassifier,
     cells: Cells,
     held_out: NDArray[np.int64],
+    own: NDArray[np.float32],
     pool: ExpertPool | None,
     config: FinetuneConfig,
 ) -> None:
     """Set temperature and novelty thresholds by cells that nothing was fitted on.
 
     Where the network adds nothing, these are all training cells, by the experts' folds; else it has
-    seen all but the validation cells.
+    seen all but the validation cells, of which it says `own`.
     """
     logits = cells.start.copy()
     folds = np.full(len(logits), -1)
@@ -209,7 +291,6 @@ def _calibrate(
     if pool is not None and not float(model.correction):
         folds = pool.folds
     else:
-        own = Inputs(model, cells.take(held_out), config).logits()
         logits[held_out] += float(model.correction) * own
     if (folds >= 0).any():
         level = temperature(logits[folds >= 0], cells.codes[folds >= 0])
@@ -220,6 +301,26 @@ def _calibrate(
     model.novelty = fit_detector(
         cells.counts, cells.codes, genes, folds, logits, **asdict(config.novelty)
     ).to(device)
+
+
+def _start_tracker(config: FinetuneConfig, sides: Sides, ranks: Ranks) -> Tracker:
+    output = Path(config.output)
+    if ranks.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+    tracker = start_run(
+        config.tracking.uri,
+        config.tracking.experiment,
+        config.tracking.run_name or output.name,
+        is_first=ranks.is_first,
+        tags={
+            "kind": "finetune",
+            "pretrained": sides.start.lineage,
+            "git_commit": git_commit() or "unknown",
+        },
+        metrics_path=output / "metrics.jsonl",
+    )
+    tracker.log_params({**asdict(config), "world_size": ranks.world_size})
+    return tracker
 
 
 def _score(
@@ -288,7 +389,8 @@ def _metadata(
 
 def _identity(config: FinetuneConfig, learn: Labelled) -> str:
     """Name what is trained on what: progress of anything else is not continued."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "tracking")}
+    elsewhere = ("output", "tracking", "deepspeed")  # which change nothing of the result
+    settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     text = json.dumps(settings, sort_keys=True) + split_digest(learn.counts, learn.labels)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -21,7 +21,10 @@ from launchers.flags import sentence, setting_types, spelled_out, with_underscor
 
 T = TypeVar("T")
 CONFIGS: Final = Path(__file__).parent / "configs"
-LAUNCHER_FLAGS: Final = ("--hostfile", "-H", "--include", "--exclude", "--num_nodes", "--num_gpus")
+LAUNCHER_FLAGS: Final = (
+    *("--hostfile", "-H", "--include", "--exclude"),
+    *("--num_nodes", "--num_gpus", "--num_accelerators"),
+)
 """Flags of the `deepspeed` command, which it silently ignores behind the script."""
 _called_as: ContextVar[str] = ContextVar("called_as", default="")
 

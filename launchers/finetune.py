@@ -1,10 +1,13 @@
-"""Fine-tune an exported encoder into a cell-type classifier.
+"""Fine-tune an exported encoder into a cell-type classifier, on one process or many.
 
 python launchers/finetune.py --encoder models:/scbert-pretrained@champion \
         --data.path labelled.h5ad --output runs/finetune
+deepspeed --hostfile hosts launchers/finetune.py --config finetune.yaml
 """
 
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 # Else Python finds this script when it looks for the package of the same name.
@@ -19,21 +22,33 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(lambda: _main(argv))
 
 
-def _main(argv: list[str] | None) -> None:
+def _main(argv: list[str] | None) -> int:
     config, as_json = cli.parse_for_scripts(
         FinetuneConfig,
         argv,
         launcher="finetune.py",
-        description="Fine-tune an exported encoder on labelled cells.",
+        description="Fine-tune an exported encoder on labelled cells, on one process or, started "
+        "by `deepspeed --num_gpus 2 launchers/finetune.py`, on several.",
         example="python launchers/finetune.py --encoder models:/scbert-pretrained@champion "
         "--data.path labelled.h5ad --output runs/finetune",
     )
     import torch
 
-    from finetune.train import finetune
+    from finetune.train import finetune_on
+    from pretrain.distributed import LostRankError, alone, start_ranks
+    from pretrain.interruption import EXIT_REQUEUE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = finetune(config, device, page=True)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        with start_ranks(os.environ) if several else nullcontext(alone(device)) as ranks:
+            result = finetune_on(config, ranks, page=True)
+    except LostRankError as error:
+        if error.is_first_to_tell():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_REQUEUE
+    if result is None:
+        return 0  # the first rank tells
     page = f"{config.output}/report.html"
     if as_json:
         scores = {"scBERT": result.scores, **{line.name: line.scores for line in result.baselines}}
@@ -42,10 +57,11 @@ def _main(argv: list[str] | None) -> None:
         }
         facts = {"scores": found, "verdict": result.verdict, "export": result.export, "page": page}
         cli.echo_json(facts | {"run_id": result.run_id})
-        return
+        return 0
     cli.echo(result.table)
     cli.echo(result.verdict)
     cli.echo(f"export: {result.export}, page: {page}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ scbert: pretrain single-cell transformers on millions of cells, and label cell t
                   --data.path labelled.h5ad --output runs/finetune
 
 A store may be a folder or s3://bucket/cells.zarr, gs://… or https://…. Each command shows its
-settings with --help; pretraining on several processes or machines is started by
-`deepspeed launchers/pretrain.py …` with the same settings.
+settings with --help; pretraining and fine-tuning on several processes or machines are started by
+`deepspeed launchers/pretrain.py …` and `deepspeed launchers/finetune.py …`, same settings.
 
 Exit codes: 0 done, 1 found wanting (verify, doctor, collect) or a bug of ours, 2 wrong input or
 setting (one sentence), 75 stopped as asked (start the same command again), 130 interrupted.

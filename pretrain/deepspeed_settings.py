@@ -102,14 +102,29 @@ def require_supported(content: Mapping[str, Any], device: str) -> None:
 def deepspeed_config(
     config: PretrainConfig, world_size: int, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Join a checked DeepSpeed JSON with what follows from our configuration."""
+    """Join a checked DeepSpeed JSON with what follows from a pretraining's configuration."""
+    accumulation = declared_accumulation_steps(config, world_size)
+    return joined(extra, config.batch.micro_size, accumulation, config.optim.clip_norm)
+
+
+def joined(
+    extra: Mapping[str, Any], micro_size: int, accumulation_steps: int, clip_norm: float
+) -> dict[str, Any]:
+    """Join a checked DeepSpeed JSON with what is ours to say.
+
+    Args:
+        extra: From `read_deepspeed_json`.
+        micro_size: Cells in one forward pass on one rank; DeepSpeed only counts by it.
+        accumulation_steps: Micro-batches per rank and step.
+        clip_norm: Highest norm of the whole gradient.
+    """
     return {
         # Offloading keeps our AdamW, so that it trains as every other stage does.
         "zero_force_ds_cpu_optimizer": False,
         **extra,
-        "train_micro_batch_size_per_gpu": config.batch.micro_size,
-        "gradient_accumulation_steps": declared_accumulation_steps(config, world_size),
-        "gradient_clipping": config.optim.clip_norm,
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip_norm,
         "steps_per_print": 2**31,
     }
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _LOST: Final = (
     "Connection closed by peer",
@@ -97,6 +98,35 @@ class Ranks:
         rows = self.gather_rows([*codes, *([0.0] * (longest - len(codes)))])
         return [bytes(int(code) for code in row if code).decode() for row in rows]
 
+    def of_first(self, values: Sequence[float]) -> list[float]:
+        """Give every rank the first one's numbers, bit for bit."""
+        return self.sum([value if self.is_first else 0.0 for value in values])
+
+    def part(self, num_rows: int, rank: int | None = None) -> slice:
+        """Rows that are a rank's, this one's if none is named; the parts differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return slice(num_rows * rank // self.world_size, num_rows * (rank + 1) // self.world_size)
+
+    def join_parts(self, own: Tensor, num_rows: int) -> Tensor:
+        """Bring together rows of which each rank has its `part`, in order.
+
+        Args:
+            own: This rank's rows, (rows, …); type and further sizes are equal on all ranks.
+            num_rows: Rows of all ranks together, N.
+
+        Returns:
+            All rows, (N, …), the same bits on every rank.
+        """
+        if self.world_size == 1:
+            return own
+        whole = own.new_empty(num_rows, *own.shape[1:])
+        whole[self.part(num_rows)] = own
+        for rank in range(self.world_size):
+            rows = self.part(num_rows, rank)
+            if rows.start < rows.stop:
+                dist.broadcast(whole[rows], rank)
+        return whole
+
     def hosts(self) -> list[str]:
         """Bring together the name of each rank's host, in their order."""
         return self.gather_texts(socket.gethostname())
@@ -130,6 +160,11 @@ class Ranks:
             if error is not None and not any(failed[: self.rank]):
                 raise error
             raise SystemExit(2)
+
+
+def alone(device: torch.device) -> Ranks:
+    """The only rank; it needs no process group."""
+    return Ranks(0, 1, 0, device)
 
 
 def _require_interfaces(environ: Mapping[str, str]) -> None:

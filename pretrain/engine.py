@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from pretrain.config import PretrainConfig
-from pretrain.deepspeed_settings import (
-    declared_accumulation_steps,
-    deepspeed_config,
-    read_deepspeed_json,
-)
+from pretrain.deepspeed_settings import deepspeed_config, read_deepspeed_json
 from pretrain.distributed import Ranks
 from pretrain.full_state import FullState
 
@@ -82,35 +78,54 @@ def _cast_shares(model: nn.Module) -> None:
             weight.ds_tensor.data = weight.ds_tensor.data.bfloat16()
 
 
-class TrainingEngine:
-    """A DeepSpeed engine behind the few calls that the training loop makes."""
+def pretraining_engine(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> "TrainingEngine":
+    """Make the engine of a pretraining: AdamW over all that is trained, at one learning rate."""
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+    )
+    extra = read_deepspeed_json(config.deepspeed)
+    return TrainingEngine(
+        model, optimizer, deepspeed_config(config, ranks.world_size, extra), ranks
+    )
 
-    def __init__(self, model: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
-        extra = read_deepspeed_json(config.deepspeed)
+
+class TrainingEngine:
+    """A DeepSpeed engine behind the few calls that a training loop makes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        content: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        """Hand a model over to DeepSpeed.
+
+        Args:
+            model: Equal on all ranks but for its parameters, which the first rank's replace.
+            optimizer: AdamW over what is trained. A group that has `lr_factor` trains at so many
+                times the learning rate of `step`.
+            content: What DeepSpeed is told, see `deepspeed_settings.joined`.
+            ranks: This process among all.
+        """
         deepspeed = _import_deepspeed(ranks)
-        optim = config.optim
-        optimizer = torch.optim.AdamW(
-            [weight for weight in model.parameters() if weight.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
         # In bf16 without ZeRO DeepSpeed makes a trial update, which Adam would count and decay by.
         self._skipping = True
-        if extra.get("bf16", {}).get("enabled"):
+        if content.get("bf16", {}).get("enabled"):
             _cast_shares(model)
         optimizer.register_step_pre_hook(self._forget_gradients)
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(ranks.device),
-            optimizer=optimizer,
-            config=deepspeed_config(config, ranks.world_size, extra),
+            model=model.to(ranks.device), optimizer=optimizer, config=dict(content)
         )
         self._skipping = False
         self._gather = deepspeed.zero.GatheredParameters
         self._state = FullState(self._engine)
-        # DeepSpeed divides by both; our loss is already divided by the global number of targets.
         plain = not (self._engine.zero_optimization() or self._engine.bfloat16_enabled())
-        self._plain, self._clip_norm = plain, config.optim.clip_norm
+        self._plain, self._clip_norm = plain, content["gradient_clipping"]
         self._norm = float("nan")
         self.on_progress: Callable[[], None] = lambda: None
         """Called with each forward pass and each piece of a checkpoint."""
@@ -118,7 +133,8 @@ class TrainingEngine:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_hook(self._look_at)
-        self._undo = ranks.world_size * declared_accumulation_steps(config, ranks.world_size)
+        # DeepSpeed divides by both; our loss is already divided by what the whole step holds.
+        self._undo = ranks.world_size * content["gradient_accumulation_steps"]
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """Run the model forward."""
@@ -167,7 +183,7 @@ class TrainingEngine:
         """
         self._skipping = not update
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         # Without ZeRO and in float32 DeepSpeed clips but keeps no norm: take it here, just before.
         if self._plain and self._engine.is_gradient_accumulation_boundary():
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)

@@ -64,6 +64,7 @@ class FullState:
         """
         if not self._inner.state:  # no update was made yet, the first steps were skipped
             self._make_room(0)
+        self._link_moments()
         parameters, buffers = dict(self._model.named_parameters()), dict(self._buffers())
         tensors = {}
         for name in names:
@@ -143,7 +144,15 @@ class FullState:
                 "step": torch.tensor(float(optimizer_step)),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
-        if hasattr(self._outer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find each weight's moments, in stages 1 and 2.
+
+        Of several groups it looks by itself when only the first one has moments.
+        """
+        if hasattr(self._outer, "_lazy_init_hp_params_optimizer_state"):
+            self._outer._hp_optimizer_states_linked = False
             self._outer._lazy_init_hp_params_optimizer_state()
 
     def _flat_weights(self) -> list[Tensor]:

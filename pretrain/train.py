@@ -23,7 +23,7 @@ from pretrain.checkpoint import TrainingState, identity, keep_panel, resume, sav
 from pretrain.config import PretrainConfig
 from pretrain.deepspeed_settings import read_deepspeed_json, require_supported
 from pretrain.distributed import Ranks
-from pretrain.engine import TrainingEngine, construction
+from pretrain.engine import TrainingEngine, construction, pretraining_engine
 from pretrain.evaluate import evaluate
 from pretrain.export import git_commit, write_export
 from pretrain.interruption import StopRequest, only_training_in
@@ -99,7 +99,7 @@ def _pretrain(
 
     vectors, origin = read_gene_vectors(config, store.panel)
     model = build_model(config, store.panel, vectors, construction(config, ranks))
-    engine = TrainingEngine(model, config, ranks)
+    engine = pretraining_engine(model, config, ranks)
     who = identity(config, store)
     checkpoints = output / "checkpoints"
     state = resume(checkpoints, engine, who, ranks) or TrainingState()

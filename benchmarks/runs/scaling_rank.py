@@ -32,7 +32,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import BatchConfig, EncoderConfig, PretrainConfig
 from pretrain.distributed import Ranks, start_ranks
-from pretrain.engine import TrainingEngine
+from pretrain.engine import TrainingEngine, pretraining_engine
 from pretrain.estimate import calibrate
 from pretrain.step import StepInfo, training_step
 from pretrain.window import Window
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     start = time.perf_counter()
     model = build_model(config, store.panel, construction=engines.construction(config, ranks))
     found["build_bytes"] = _status("VmHWM") - baseline
-    engine = TrainingEngine(model, config, ranks)
+    engine = pretraining_engine(model, config, ranks)
     found["start_seconds"] = time.perf_counter() - start
     found |= _train(engine, config, options, ranks)
     found["peak_bytes"] = _status("VmHWM") - baseline

@@ -21,7 +21,6 @@ from finetune.fitting import (
     fit_network,
     seeded,
 )
-from finetune.heads import expression_logits
 from finetune.resume import FOLDER, begin, finish
 from pretrain.export import read_export
 from tests.support.labelled import TYPES, labelled_cells, write_encoder
@@ -97,6 +96,22 @@ def test_a_stopped_training_continues_to_the_same_weights(
                classifier(encoder, head).state_dict().items())  # fmt: skip
 
 
+def test_a_training_that_stopped_early_is_not_gone_on_with(encoder: Path, tmp_path: Path) -> None:
+    sides = cells().take(np.arange(40)), cells().take(np.arange(40, 60))
+    settings = config(lr=1e-2, patience=1, epochs=50)
+    done: list[int] = []
+    counting: Any = SimpleNamespace(log_metrics=lambda metrics, step: done.append(step))
+    begin(tmp_path, "same")
+    weights = []
+    for _ in range(2):
+        model = classifier(encoder, settings.head)
+        fit_network(model, *sides, settings, counting, tmp_path)
+        weights.append(model.state_dict())
+    assert done == list(range(1, done[-1] + 1))
+    assert done[-1] < 50
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
 def test_progress_of_another_training_or_in_ruins_is_not_continued(
     encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,13 +135,7 @@ def test_the_network_learns_by_itself_and_is_left_out_where_it_hurts(
     some = cells()
     pool = fit_pool(some.counts, np.array(TYPES)[some.codes], seed=0)
     some = replace(some, start=pool.logits)
-    with seeded(0, "head"):
-        model = CellClassifier(
-            read_export(encoder).encoder(),
-            TYPES,
-            config().head,
-            expression_logits(pool.genes, pool.maps),
-        )
+    model = classifier(encoder, config().head)
     train, validation = some.take(np.arange(40)), some.take(np.arange(40, 60))
     begin(tmp_path, "right")
     fit_network(model, train, validation, config(epochs=20, lr=0.05), tracker(), tmp_path)
@@ -135,9 +144,10 @@ def test_the_network_learns_by_itself_and_is_left_out_where_it_hurts(
     assert (own.argmax(axis=1) == validation.codes).mean() > 0.8
     # Labels of the training side are wrong, so what the network learns cannot help.
     wrong = replace(train, codes=(train.codes + 1) % 3)
-    begin(tmp_path, "x")
+    begin(tmp_path, "wrong")
+    model = classifier(encoder, config().head)
     fit_network(model, wrong, validation, config(lr=0.05), tracker(), tmp_path)
-    assert float(model.correction) == 0
+    assert chosen_correction(Inputs(model, validation, config()).logits(), validation) == 0
 
 
 def test_a_correction_is_taken_where_it_surely_helps() -> None:

@@ -189,14 +189,15 @@ def test_wrong_settings_are_one_sentence(
     assert not printed.out
 
 
-@pytest.mark.parametrize("flag", ["--hostfile", "--include", "--num_gpus"])
+@pytest.mark.parametrize("flag", ["--hostfile", "--include", "--num_gpus", "--num_accelerators"])
 def test_launcher_flags_behind_the_script_are_refused(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = pretrain.main(["--store", "s", "--output", "o", flag, "hosts"])
-    message = capsys.readouterr().err
-    assert code == 2
-    assert f"deepspeed {flag} ... launchers/pretrain.py" in message
+    for script, main in (("pretrain", pretrain.main), ("finetune", finetune.main)):
+        code = main(["--output", "o", flag, "hosts"])
+        message = capsys.readouterr().err
+        assert code == 2
+        assert f"deepspeed {flag} ... launchers/{script}.py" in message
 
 
 @pytest.mark.parametrize(

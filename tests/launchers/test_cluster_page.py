@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "cluster.md"
 SMALLER = {
     "ingest_array.sbatch": "--min_genes 1 --cells_per_partition 50",
     "store append": "--min_genes 1",
+    "launchers/finetune.py": "--epochs 1 --head.hidden 8 --head.bottleneck 4",
     "finetune_array.sbatch": "--epochs 1 --head.hidden 8 --head.bottleneck 4",
 }
 """What a command gets besides, because cells and machine are small."""

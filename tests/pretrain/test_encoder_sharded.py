@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.building import build_model
 from pretrain.config import Gene2VecConfig
 from pretrain.distributed import Ranks
-from pretrain.engine import TrainingEngine, construction
+from pretrain.engine import construction, pretraining_engine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ENCODER, NUM_GENES, tiny_config, tiny_panel
 
@@ -30,7 +30,7 @@ def build(ranks: Ranks, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = build_model(config, tiny_panel(), vectors, construction(config, ranks))
     held = sum(weight.numel() for weight in model.parameters())
     shares = sum(getattr(w, "ds_tensor", w).numel() for w in model.parameters())
-    engine = TrainingEngine(model, config, ranks)
+    engine = pretraining_engine(model, config, ranks)
     return engine.whole_weights(), {
         "held": held,
         "shares": shares,

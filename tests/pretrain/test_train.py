@@ -27,7 +27,7 @@ from pretrain import train
 from pretrain.config import Gene2VecConfig, PretrainConfig
 from pretrain.conversion import export_checkpoint, find_checkpoint
 from pretrain.distributed import Ranks
-from pretrain.engine import TrainingEngine
+from pretrain.engine import TrainingEngine, pretraining_engine
 from pretrain.export import read_export
 from pretrain.masking import mask_batch
 from pretrain.window import Window
@@ -64,17 +64,16 @@ def train_one(ranks: Ranks, config: PretrainConfig) -> Outcome:
     outcome = Outcome({}, "", "", [])
     engines: list[TrainingEngine] = []
 
-    class Watched(TrainingEngine):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            engines.append(self)
+    def watched(*arguments: Any) -> TrainingEngine:
+        engines.append(pretraining_engine(*arguments))
+        return engines[-1]
 
     def recording(batch: Any, draw: int, *rest: Any) -> Any:
         outcome.positions.append((draw, batch.positions.tolist()))
         return mask_batch(batch, draw, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "TrainingEngine", Watched)
+        patch.setattr(train, "pretraining_engine", watched)
         patch.setattr(training, "mask_batch", recording)
         try:
             outcome.result = train.pretrain(config, ranks)
