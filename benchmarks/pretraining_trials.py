@@ -14,8 +14,8 @@ from torch import nn
 from finetune.classifier import token_batches
 from finetune.config import FinetuneConfig, FreshConfig, HeadConfig, LabelledConfig
 from finetune.dataset import stratified_folds, stratified_split
-from finetune.expert_pool import NUM_FOLDS, NUM_GENES, tune
-from finetune.experts import EXPERTS
+from finetune.expert_pool import NUM_FOLDS, tune
+from finetune.experts import EXPERTS, NUM_GENES
 from finetune.expression import counts_per_10k, scaled, variable_genes
 from finetune.methods import METHODS, Task
 from finetune.metrics import score

@@ -211,7 +211,7 @@ def regression_of(
     expert = pool.tuned["regression"]
     logits = expert.map(scaled(counts_per_10k(test[0]), pool.genes, "log"))
     names = [pool.classes[code] for code in logits.argmax(axis=1)]
-    setting = f"{len(pool.genes):,} variable genes, C = {expert.value:g} by cross-validation"
+    setting = f"{len(pool.variable):,} variable genes, C = {expert.value:g} by cross-validation"
     scores = score(list(test[1]), names, classes)
     return BaselineResult("logistic regression", scores, seconds, setting)
 

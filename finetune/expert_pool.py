@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -26,16 +26,15 @@ from finetune.experts import (
     EXPERTS,
     FEW_CELL_EXPERTS,
     MANY_CELL_EXPERTS,
+    NUM_GENES,
     Array,
     Expert,
     LinearMap,
     thinned,
 )
-from finetune.expression import counts_per_10k, scaled, variable_genes
+from finetune.expression import WITHIN_CELLS, counts_per_10k, scaled, variable_genes
 from finetune.metrics import score
 
-NUM_GENES: Final = 2_000
-"""Variable genes that the experts see."""
 NUM_FOLDS: Final = 3
 SMALL: Final = 1 << 26
 """Values of expression (33,000 cells, 2,000 genes) below which experts are fitted on one thread."""
@@ -55,6 +54,7 @@ class ExpertPool:
     Attributes:
         classes: Names of the types, C, in the order of the logits.
         genes: Columns of the counts that are seen, (K,).
+        variable: The `NUM_GENES` most variable of them.
         maps: Map by scale; the pool's logits are their sum.
         folds: Fold of each training cell, (N,), -1 if it was never held out.
         logits: Logits of each training cell from experts that did not see it, (N, C).
@@ -64,6 +64,7 @@ class ExpertPool:
 
     classes: tuple[str, ...]
     genes: NDArray[np.int64]
+    variable: NDArray[np.int64]
     maps: Mapping[str, LinearMap]
     folds: NDArray[np.int64]
     logits: Array
@@ -89,7 +90,8 @@ class TunedExpert:
 
     Attributes:
         value: The setting.
-        map: Fitted on all cells; its logits are divided by the temperature.
+        map: Fitted on all cells; its logits are divided by the temperature. Of a pool's expert it
+            takes all genes of the pool, and weighs those that it does not see by zero.
         logits: Of each training cell, from a fit that did not see it, (N, C).
     """
 
@@ -113,7 +115,8 @@ def fit_pool(
         experts: Names of the experts, in `EXPERTS`; none takes those that suit the number of cells.
 
     Raises:
-        ValueError: If there are fewer than two types, or an expert is not known.
+        ValueError: If there are fewer than two types, an expert is not known, or one that compares
+            a cell's genes with each other is to be pooled with one that sees more of them.
     """
     if experts is None:
         experts = MANY_CELL_EXPERTS if len(labels) >= MANY_CELLS else FEW_CELL_EXPERTS
@@ -123,15 +126,21 @@ def fit_pool(
     if len(classes) < 2:
         raise ValueError("labels hold fewer than two cell types; experts need two")
     rates = counts_per_10k(counts)
-    genes = variable_genes(rates, NUM_GENES)
+    genes = variable_genes(rates, max(EXPERTS[name].num_genes for name in experts))
+    if len(genes) <= NUM_GENES and len(experts) > 1:  # the wide one would be another's double
+        experts = [name for name in experts if name != "wide"]
     folds = stratified_folds(labels, NUM_FOLDS, seed)
     tuned = {}
     for name in experts:
-        scale = EXPERTS[name].scale
+        expert = EXPERTS[name]
+        own = variable_genes(rates, expert.num_genes)
+        if len(own) < len(genes) and expert.scale in WITHIN_CELLS:
+            raise ValueError(f"{name} compares genes of a cell; pool it with none that sees more")
         more = None
-        if EXPERTS[name].thinned:
-            more = scaled(counts_per_10k(thinned(counts, seed)), genes, scale)
-        tuned[name] = tune(EXPERTS[name], scaled(rates, genes, scale), more, codes, folds)
+        if expert.thinned:
+            more = scaled(counts_per_10k(thinned(counts, seed)), own, expert.scale)
+        found = tune(expert, scaled(rates, own, expert.scale), more, codes, folds)
+        tuned[name] = replace(found, map=found.map.spread(np.searchsorted(genes, own), len(genes)))
     logits = {name: found.logits for name, found in tuned.items()}
     weights = pool_weights(logits, codes, folds >= 0)
     merged: dict[str, LinearMap] = {}
@@ -144,6 +153,7 @@ def fit_pool(
     return ExpertPool(
         classes=tuple(str(name) for name in classes),
         genes=genes,
+        variable=variable_genes(rates, NUM_GENES),
         maps={scale: found for scale, found in merged.items() if np.any(found.weight)},
         folds=folds,
         logits=np.sum([weights[name] * logits[name] for name in weights], axis=0),

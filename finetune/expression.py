@@ -81,6 +81,8 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "unit": unit_log,
 }
 """Scales of counts per 10,000 by name: (B, K) → (B, K)."""
+WITHIN_CELLS: Final = ("standardised", "unit")
+"""Scales on which a gene's value depends on the cell's other genes."""
 
 
 def scaled(rates: sp.csr_matrix, genes: NDArray[np.int64], scale: str) -> NDArray[np.float32]:

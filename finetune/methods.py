@@ -149,7 +149,7 @@ def experts_alone(task: Task) -> Answer:
     train = task.train
     pool = fit_pool(train.counts, train.labels, task.seed)
     codes = np.searchsorted(pool.classes, train.labels)
-    detector = fit_detector(train.counts, codes, pool.genes, pool.folds, pool.logits)
+    detector = fit_detector(train.counts, codes, pool.variable, pool.folds, pool.logits)
     logits = pool.predict(task.test)
     parts = [
         detector(torch.from_numpy(logits[rows]), dense_rates(task.test[rows], torch.device("cpu")))

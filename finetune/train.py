@@ -296,7 +296,9 @@ def _calibrate(
         level = temperature(logits[folds >= 0], cells.codes[folds >= 0])
         model.temperature.fill_(level)
         logits /= level
-    genes = pool.genes if pool is not None else variable_genes(counts_per_10k(cells.counts), 2_000)
+    genes = (
+        pool.variable if pool is not None else variable_genes(counts_per_10k(cells.counts), 2_000)
+    )
     device = model.temperature.device
     model.novelty = fit_detector(
         cells.counts, cells.codes, genes, folds, logits, **asdict(config.novelty)

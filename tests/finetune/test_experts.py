@@ -1,5 +1,7 @@
 """Experts beside scikit-learn's own, out-of-fold logits, and the pool's weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -14,6 +16,7 @@ from finetune.experts import (
     fit_correlation,
     fit_discriminant,
     fit_regression,
+    share_outside,
     thinned,
 )
 from finetune.expression import counts_per_10k, scaled
@@ -55,6 +58,59 @@ def test_discriminant_is_scikit_learns(num_genes: int, shrinkage: float) -> None
             solver="lsqr", shrinkage=shrinkage, priors=np.ones(3) / 3
         ).fit(x, codes)
         assert (theirs.predict(x) == found.argmax(axis=1)).mean() > 0.95
+
+
+def test_discriminant_gives_a_type_of_one_cell_its_share() -> None:
+    codes, truth = np.repeat([0, 1, 2], (12, 12, 1)), np.repeat([0, 1, 2], 100)
+    shift = 9 * np.eye(3, 1_000)
+    shares = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x = (rng.normal(size=(25, 1_000)) + shift[codes]).astype(np.float32)
+        fresh = (rng.normal(size=(300, 1_000)) + shift[truth]).astype(np.float32)
+        (ours,) = fit_discriminant(x, codes, [0.5])
+        shares.append((ours(fresh).argmax(axis=1) == 2).mean())
+    # A third of the cells are of it. Without the correction it is given to none of them.
+    assert 0.15 < np.mean(shares) < 0.45, shares
+
+
+def test_share_outside_is_what_least_squares_leaves() -> None:
+    rng = np.random.default_rng(3)
+    codes = np.repeat([0, 1], (9, 6))
+    x = rng.normal(size=(15, 40)) * np.linspace(3, 0.1, 40)
+    residuals = x - np.stack([x[codes == code].mean(axis=0) for code in (0, 1)])[codes]
+    others, ours = residuals[::2], residuals[1::2]
+    left = sum(
+        ((row - others.T @ np.linalg.lstsq(others.T, row, rcond=None)[0]) ** 2).sum()
+        for row in ours
+    )
+    assert share_outside(residuals, codes) == pytest.approx(left / (ours**2).sum(), rel=1e-6)
+    assert share_outside(np.zeros((4, 7)), np.array([0, 0, 1, 1])) == 1.0
+
+
+def test_an_expert_sees_its_own_genes_and_a_pool_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((40, 40, 40))
+    wider = {name: replace(expert, num_genes=40) for name, expert in EXPERTS.items()}
+    wider["wide"] = replace(EXPERTS["wide"], num_genes=60)
+    monkeypatch.setattr("finetune.expert_pool.EXPERTS", wider)
+    monkeypatch.setattr("finetune.expert_pool.NUM_GENES", 40)
+    pool = fit_pool(counts, labels, seed=0)
+    assert set(pool.weights) == set(FEW_CELL_EXPERTS)
+    assert len(pool.genes) == 60
+    assert len(pool.variable) == 40
+    assert set(pool.variable) < set(pool.genes)
+    weighed = pool.genes[np.any(pool.tuned["regression"].map.weight != 0, axis=0)]
+    assert set(weighed) <= set(pool.variable)
+    alone = fit_pool(counts, labels, seed=0, experts=["regression"])
+    x = scaled(counts_per_10k(counts), pool.genes, "log")
+    np.testing.assert_allclose(
+        pool.tuned["regression"].map(x),
+        alone.tuned["regression"].map(x[:, np.searchsorted(pool.genes, alone.genes)]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    with pytest.raises(ValueError, match="correlation compares genes of a cell"):
+        fit_pool(counts, labels, seed=0, experts=["correlation", "wide"])
 
 
 def test_regression_is_scikit_learns_for_two_and_more_classes(
@@ -116,7 +172,8 @@ def test_pool_predicts_and_keeps_cells_apart_from_their_own_logits() -> None:
     counts, labels = simulated_cells((40, 30, 20, 1))
     pool = fit_pool(counts, labels, seed=0)
     assert pool.classes == ("a", "b", "c", "rare")
-    assert set(pool.weights) == set(FEW_CELL_EXPERTS)
+    # With so few genes the wide regression would be the other one again.
+    assert set(pool.weights) == set(FEW_CELL_EXPERTS) - {"wide"}
     assert min(pool.weights.values()) >= 0
     assert (pool.folds[labels == "rare"] == -1).all()
     named = np.array(pool.classes)

@@ -73,7 +73,7 @@ def test_an_unknown_type_scores_higher_and_known_cells_pass(score: str) -> None:
     is_novel = ~is_known[~train]
     assert auroc(strange, is_novel) > (0.95 if score == "distance" else 0.75)
     facts = novelty_scores(strange, flagged, is_novel)
-    assert 0.8 < facts["known_kept"] < 0.98  # 0.9 was asked for
+    assert 0.8 < facts["known_kept"] < 0.99  # 0.9 was asked for
     assert set(facts) == {"auroc", "novel_found", "known_kept"}
 
 
