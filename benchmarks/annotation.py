@@ -227,10 +227,11 @@ def cells_of(name: str, path: Path, most: int | None) -> anndata.AnnData:
 
 
 def methods_of(entry: Entry, options: argparse.Namespace) -> tuple[str, ...]:
-    """Methods that were asked for, or all that can run."""
+    """Methods that were asked for, or all that can run, but for the small network alone."""
     if options.methods:
         return tuple(options.methods.split(","))
     absent = {name for name, module in EXTRA.items() if importlib.util.find_spec(module) is None}
+    absent.add("network alone")
     if options.markers is None or entry.data not in MARKER_TYPES:
         absent.add("marker scoring")
     if options.encoder == "none":
