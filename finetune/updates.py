@@ -34,7 +34,7 @@ class Updates(Protocol):
         """Add up the losses of all ranks and update the weights, at this share of their rates."""
 
     def moments(self) -> dict[str, Tensor]:
-        """Adam's moments, `exp_avg/<weight>` and `exp_avg_sq/<weight>`, on the CPU."""
+        """Adam's moments, `exp_avg/<weight>` and `exp_avg_sq/<weight>`, on the first rank's CPU."""
 
     def restore(self, moments: Mapping[str, Tensor], num_steps: int) -> None:
         """Continue with these moments, after so many steps; the weights are there already."""
@@ -78,12 +78,13 @@ class PlainUpdates:
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments; see `Updates`."""
-        state = self._optimizer.state
-        return {  # what no gradient reached so far has none
-            f"{moment}/{name}": state[weight].get(moment, torch.zeros_like(weight)).cpu()
-            for name, weight in _trained(self._network)
-            for moment in MOMENTS
-        }
+        found = {}
+        for name, weight in _trained(self._network):
+            state = self._optimizer.state[weight]
+            for moment in MOMENTS:  # what no gradient reached so far has none
+                value = state[moment] if moment in state else torch.zeros_like(weight)
+                found[f"{moment}/{name}"] = value.cpu()
+        return found
 
     def restore(self, moments: Mapping[str, Tensor], num_steps: int) -> None:
         """Continue; see `Updates`."""
@@ -105,7 +106,7 @@ class EngineUpdates:
         from pretrain.engine import TrainingEngine
 
         content = joined(read_deepspeed_json(config.deepspeed), 1, 1, config.clip_norm)
-        self._network = network
+        self._network, self._is_first = network, ranks.is_first
         self._engine = TrainingEngine(network, optimizer, content, ranks)
 
     def train(self) -> None:
@@ -124,8 +125,12 @@ class EngineUpdates:
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments; see `Updates`."""
-        found = self._engine.read_state(name for name, _ in _trained(self._network))
-        return {name: value for name, value in found.items() if name.startswith(MOMENTS)}
+        found = {}
+        for name, _ in _trained(self._network):
+            state = self._engine.read_state([name])  # one at a time: all ranks of a host get it
+            for moment in MOMENTS if self._is_first else ():
+                found[f"{moment}/{name}"] = state[f"{moment}/{name}"]
+        return found
 
     def restore(self, moments: Mapping[str, Tensor], num_steps: int) -> None:
         """Continue; see `Updates`."""
