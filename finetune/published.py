@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedDataset:
@@ -93,6 +96,13 @@ DATASETS: Final[Mapping[str, PublishedDataset]] = {
     "HCA": PublishedDataset(tissue="15 organs", source="GSE159929", protocol="k-fold"),
 }
 """Data sets by the name in `name`."""
+
+
+def renamed(labels: NDArray[np.str_], name: str | None) -> NDArray[np.str_]:
+    """Types by the paper's names, where a data set is one of the paper's; others stay, (N,)."""
+    known = None if name is None else DATASETS.get(name)
+    names = {} if known is None else known.label_map
+    return np.array([names.get(str(label), str(label)) for label in labels])
 
 
 def references(name: str | None) -> list[str]:

@@ -26,6 +26,7 @@ from finetune.methods import METHODS, Answer, Task, need
 from finetune.metrics import score
 from finetune.novelty import novelty_scores
 from finetune.protocols import PROTOCOLS, Trial, leave_group_out, marker_deletion
+from finetune.published import renamed
 from finetune.query import adata_query
 from finetune.registry import resolve_model
 from finetune.sides import Labelled
@@ -95,11 +96,11 @@ def _cells(adata: anndata.AnnData, query: anndata.AnnData | None, config: Benchm
         if not genes:
             raise ValueError(f"{config.data} and {config.query} have no gene name in common")
     panel = GenePanel(tuple(genes))
-    labels = labels_of(adata, config.label_key, config.data)
+    labels = renamed(labels_of(adata, config.label_key, config.data), config.name)
     side = Labelled(panel_counts(own, panel), labels)
     if query is None or other is None:
         return Cells(side, None, panel.names)
-    labels = labels_of(query, config.label_key, str(config.query))
+    labels = renamed(labels_of(query, config.label_key, str(config.query)), config.name)
     return Cells(side, Labelled(panel_counts(other, panel), labels), panel.names)
 
 

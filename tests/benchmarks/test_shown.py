@@ -30,7 +30,9 @@ def run_python(*words: object) -> dict[str, Any]:
 def test_annotation(tmp_path: Path) -> None:
     data = f"baron={write_labelled(tmp_path / 'a.h5ad', 90)}"
     page = tmp_path / "page.md"
-    page.write_text("# Page\n\n<!-- tables -->\nold\n<!-- end of tables -->\n\nThe end.\n")
+    page.write_text(
+        "# Page\n\n<!-- tables -->\nformer tables\n<!-- end of tables -->\n\nThe end.\n"
+    )
     methods = ("majority", "nearest mean", "logistic regression", "ours")
     words = ["--only", "baron, 5 folds", "--methods", ",".join(methods), "--data", data]
     kept = tmp_path / "results.json"
@@ -39,7 +41,7 @@ def test_annotation(tmp_path: Path) -> None:
     assert set(facts["methods"]) == set(methods)
     text = page.read_text()
     assert "## baron, 5 folds" in text
-    assert "old" not in text
+    assert "former tables" not in text
     assert text.endswith("The end.\n")
     ahead = result["ratios"]["baron, 5 folds: ours − logistic regression"]
     assert f"| baron, 5 folds: within 0.5 | {ahead['accuracy']:+.1f} |" in text

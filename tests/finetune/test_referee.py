@@ -176,6 +176,16 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         benchmark(simulated(), settings(tmp_path, protocol=protocol, methods=("majority",)))
 
 
+def test_a_data_set_of_the_paper_has_the_papers_types(tmp_path: Path) -> None:
+    adata = simulated()
+    names = {"a": "PP", "b": "alpha cell", "c": "acinar"}
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace(names)
+    report = benchmark(adata, settings(tmp_path, name="Xin", methods=("majority",)))
+    assert {"gamma", "alpha", "acinar"} <= set(report.records[0].scores.classes)
+    report = benchmark(adata, settings(tmp_path, name="mine", methods=("majority",)))
+    assert "PP" in report.records[0].scores.classes
+
+
 def test_names_agree_and_nine_data_sets_are_defined() -> None:
     assert tuple(METHODS) == NAMES
     assert len(DATASETS) == 9
