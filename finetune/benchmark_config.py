@@ -51,7 +51,7 @@ class BenchmarkConfig:
     marker_types: dict[str, str] = field(default_factory=dict)
     """Name of each label in that table, where it differs."""
     name: str | None = None
-    """Name of the data set; one of the paper's nine adds published figures, and gives cell types the
+    """Name of the data set; one of the paper's nine adds published figures, and cell types get the
     names that the paper has for them."""
     train: FinetuneConfig | None = None
     """Settings of ours; none takes the defaults. Data, encoder and output in it do not count."""
