@@ -9,15 +9,20 @@ draw from the profile of its type.
 Two thirds of the samples are `.sparse.RData` as PanglaoDB has them, written by R where there is
 one (gzip level 1: R's own 6 takes longer, for files a tenth smaller), the others `.h5ad`. Some more
 are broken, each in a way of its own.
+
+Largest first, a process draws a sample, has R save it, and renames the file into place: little is
+on disk twice, and a run that was killed goes on where it was.
 """
 
 import gzip
 import json
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,18 +43,19 @@ ALL_GENES: Final = 33_694
 EXPRESSED: Final = 900
 MIN_GENES: Final = 200
 TYPES_PER_SAMPLE: Final = 8
-CELLS_AT_ONCE: Final = 2_048
+PROGRESS_SECONDS: Final = 20
+"""How often a line on standard error says how far the files are."""
+UNFINISHED: Final = ".unfinished"
+"""Folder of what becomes a file by a rename; the ingest looks into no hidden folder."""
 R_PROGRAM: Final = """
 suppressPackageStartupMessages(library(Matrix))
-for (base in commandArgs(TRUE)) {
-  head <- readBin(paste0(base, ".dim"), "integer", 3)
-  sm <- new("dgCMatrix", Dim = head[1:2],
-    i = readBin(paste0(base, ".i"), "integer", head[3]),
-    p = readBin(paste0(base, ".p"), "integer", head[2] + 1),
-    x = as.double(readBin(paste0(base, ".x"), "integer", head[3])),
-    Dimnames = list(readLines(paste0(base, ".rows")), readLines(paste0(base, ".columns"))))
-  save(sm, file = paste0(base, ".sparse.RData"), compression_level = 1)
-}
+dim <- readBin("dim", "integer", 3)
+sm <- new("dgCMatrix", Dim = dim[1:2],
+  i = readBin("i", "integer", dim[3]),
+  p = readBin("p", "integer", dim[2] + 1),
+  x = readBin("x", "double", dim[3]),
+  Dimnames = list(readLines("rows"), readLines("columns")))
+save(sm, file = "sm.RData", compression_level = 1)
 """
 
 
@@ -100,12 +106,22 @@ def gene_names() -> list[str]:
 
 def write_samples(folder: Path, samples: Sequence[Sample], seed: int) -> dict[str, Known]:
     """Write all samples on two processes, unless they are there; say what each holds."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
+    (folder / UNFINISHED).mkdir(parents=True)
+    began, shown = time.perf_counter(), 0.0
+    known: dict[str, Known] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        known = list(pool.map(partial(_write_sample, folder, seed), samples))
-        bases = sorted(str(path.with_suffix("")) for path in folder.glob("*.dim"))
-        list(pool.map(_save_with_r, [bases[0::2], bases[1::2]]))
-    return {sample.name: what for sample, what in zip(samples, known, strict=True)}
+        largest_first = sorted(samples, key=lambda sample: -sample.cells)
+        tasks = {pool.submit(_write_sample, folder, seed, one): one for one in largest_first}
+        for task in as_completed(tasks):
+            known[tasks[task].name] = task.result()
+            seconds = time.perf_counter() - began
+            if seconds - shown > PROGRESS_SECONDS:
+                shown = seconds
+                done = f"{len(known)} of {len(samples)} files"
+                print(f"{folder.name}: {done}, {seconds:.0f} s", file=sys.stderr)
+    (folder / UNFINISHED).rmdir()
+    return {sample.name: known[sample.name] for sample in samples}
 
 
 def write_table(folder: Path, samples: Sequence[Sample]) -> Path:
@@ -170,24 +186,33 @@ def _path(folder: Path, sample: Sample) -> Path:
 
 
 def _write_sample(folder: Path, seed: int, sample: Sample) -> Known:
-    """Write one sample, unless it is there already."""
-    note = folder / f".{sample.name}.json"
-    if not note.exists():
-        genes, counts = _draw_sample(seed, sample)
-        path = _path(folder, sample)
-        everything = gene_names()
-        names = [everything[place] for place in genes]
-        cells = [f"ACGT{row:07d}" for row in range(sample.cells)]
-        if sample.is_rdata:
-            rows = [f"{name}_ENSG{place:011d}.1" for name, place in zip(names, genes, strict=True)]
-            _write_rdata(path, counts, rows, cells)
-        else:
-            var, obs = pd.DataFrame(index=names), pd.DataFrame(index=cells)
-            anndata.AnnData(counts.astype(np.float32), obs, var).write_h5ad(path)
-        on_panel = counts[:, genes < PANEL_GENES]
-        kept = on_panel[np.diff(on_panel.indptr) >= MIN_GENES]
-        note.write_text(json.dumps([kept.shape[0], int(kept.nnz), int(kept.data.sum())]))
-    return Known(*json.loads(note.read_text()))
+    """Write one sample, unless it is there already. Its note comes last and says what it is of."""
+    note, described = folder / f".{sample.name}.json", {"seed": seed, **asdict(sample)}
+    if note.exists():
+        noted = json.loads(note.read_text())
+        if noted["sample"] == described:
+            return Known(**noted["known"])
+    genes, counts = _draw_sample(seed, sample)
+    everything = gene_names()
+    names = [everything[place] for place in genes]
+    cells = [f"ACGT{row:07d}" for row in range(sample.cells)]
+    beside = folder / UNFINISHED / sample.name
+    beside.mkdir()
+    if sample.is_rdata:
+        rows = [f"{name}_ENSG{place:011d}.1" for name, place in zip(names, genes, strict=True)]
+        written = _write_rdata(beside, counts, rows, cells)
+    else:
+        var, obs = pd.DataFrame(index=names), pd.DataFrame(index=cells)
+        written = beside / "sample.h5ad"
+        anndata.AnnData(counts.astype(np.float32), obs, var).write_h5ad(written)
+    on_panel = counts[:, genes < PANEL_GENES]
+    kept = on_panel[np.diff(on_panel.indptr) >= MIN_GENES]
+    known = Known(kept.shape[0], int(kept.nnz), int(kept.data.sum(dtype=np.int64)))
+    (beside / "note").write_text(json.dumps({"sample": described, "known": asdict(known)}))
+    written.rename(_path(folder, sample))
+    (beside / "note").rename(note)
+    shutil.rmtree(beside)
+    return known
 
 
 def _draw_sample(seed: int, sample: Sample) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
@@ -200,52 +225,36 @@ def _draw_sample(seed: int, sample: Sample) -> tuple[NDArray[np.int64], sparse.c
     genes = rng.permutation(found)
     level = np.exp(common[genes] + rng.normal(0.0, 0.8, (TYPES_PER_SAMPLE, len(genes))))
     ends = np.cumsum(level / level.sum(axis=1, keepdims=True), axis=1)
+    ends[:, -1] = 1.0  # whatever the sum was rounded to
     types = rng.integers(TYPES_PER_SAMPLE, size=sample.cells)
     totals = np.maximum(1, sample.depth * np.exp(rng.normal(0.0, 0.5, sample.cells))).astype(int)
-    blocks = []
-    for start in range(0, sample.cells, CELLS_AT_ONCE):
-        kinds, depths = types[start : start + CELLS_AT_ONCE], totals[start : start + CELLS_AT_ONCE]
-        kind = np.repeat(kinds, depths)
-        row = np.repeat(np.arange(len(kinds)), depths)
-        column = np.empty(len(kind), np.int64)
-        uniform = rng.random(len(kind))
-        for number in range(TYPES_PER_SAMPLE):
-            mine = kind == number
-            column[mine] = np.searchsorted(ends[number], uniform[mine])
-        column = np.minimum(column, len(genes) - 1)
-        ones = np.ones(len(row), np.int32)
-        block = sparse.coo_matrix((ones, (row, column)), shape=(len(kinds), len(genes))).tocsr()
-        block.sort_indices()
-        blocks.append(block)
-    return genes, sparse.vstack(blocks, format="csr")
+    columns, counts = [], []
+    for kind, total in zip(types, totals, strict=True):
+        # Sorted, one is found beside the other, which the cache likes, and equal ones are together.
+        drawn = np.searchsorted(ends[kind], np.sort(rng.random(total)), side="right")
+        first = np.flatnonzero(np.diff(drawn, prepend=-1))
+        columns.append(drawn[first].astype(np.int32))
+        counts.append(np.diff(first, append=total).astype(np.int32))
+    indptr = np.concatenate([[0], np.cumsum([len(cell) for cell in columns])])
+    shape = (sample.cells, len(genes))
+    return genes, sparse.csr_matrix(
+        (np.concatenate(counts), np.concatenate(columns), indptr), shape=shape
+    )
 
 
 def _write_rdata(
-    path: Path, counts: sparse.csr_matrix, rows: list[str], columns: list[str]
-) -> None:
-    """Leave genes × cells for R to write; without R, use the writer that the tests have for it."""
+    folder: Path, counts: sparse.csr_matrix, rows: list[str], columns: list[str]
+) -> Path:
+    """Have R save genes × cells; without R, use the writer that the tests have for it."""
+    target = folder / "sm.RData"
     if shutil.which("Rscript") is None:
         matrix = r_matrix(sparse.csc_matrix(counts.T), rows, columns)
-        write_r_objects(path, {"sm": matrix}, partial(gzip.compress, compresslevel=1))
-        return
-    base = str(path).removesuffix(".sparse.RData")
-    pieces = {
-        ".i": counts.indices.astype("<i4").tobytes(),
-        ".p": counts.indptr.astype("<i4").tobytes(),
-        ".x": counts.data.astype("<i4").tobytes(),
-        ".rows": "".join(f"{name}\n" for name in rows).encode(),
-        ".columns": "".join(f"{name}\n" for name in columns).encode(),
-        ".dim": np.array([len(rows), len(columns), counts.nnz], "<i4").tobytes(),
-    }
-    for suffix, content in pieces.items():
-        Path(base + suffix).write_bytes(content)
-
-
-def _save_with_r(bases: Sequence[str]) -> None:
-    """Let R make `.sparse.RData` files of the arrays that lie there for it."""
-    if bases:
-        command = ["Rscript", "--vanilla", "-e", R_PROGRAM, *bases]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    for base in bases:
-        for suffix in (".i", ".p", ".x", ".rows", ".columns", ".dim"):
-            Path(base + suffix).unlink()
+        return write_r_objects(target, {"sm": matrix}, partial(gzip.compress, compresslevel=1))
+    counts.indices.astype("<i4").tofile(folder / "i")
+    counts.indptr.astype("<i4").tofile(folder / "p")
+    counts.data.astype("<f8").tofile(folder / "x")
+    np.array([len(rows), len(columns), counts.nnz], "<i4").tofile(folder / "dim")
+    (folder / "rows").write_text("".join(f"{name}\n" for name in rows))
+    (folder / "columns").write_text("".join(f"{name}\n" for name in columns))
+    subprocess.run(["Rscript", "--vanilla", "-e", R_PROGRAM], check=True, cwd=folder)
+    return target

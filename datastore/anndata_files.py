@@ -15,9 +15,13 @@ from datastore.stored_arrays import (
     compressed_rows,
     dense_counts,
     dense_rows,
+    index_of,
     is_array,
+    num_values,
     read_index,
     read_values,
+    refuse_incomplete,
+    refuse_inconsistent,
 )
 
 
@@ -48,8 +52,20 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
     shape = tuple(map(int, matrix.shape if is_array(matrix) else matrix.attrs["shape"]))
     if len(shape) != 2 or shape[1] != len(genes):
         raise ValueError(f"{path}: the matrix is {shape} but var has {len(genes)} genes")
+    if is_array(matrix) and matrix.dtype.kind not in "biuf":
+        raise ValueError(f"{path}, {place} holds {matrix.dtype} values; raw counts are needed")
     columns = file["obs"]
     present = [name for name in options.obs_columns if name in columns]
+    index = {"obs": index_of(columns), "var": index_of(var)}
+    refuse_incomplete({f"the names in {name}": array for name, array in index.items()}, path)
+    for name, column in [("_index", index["obs"]), *((name, columns[name]) for name in present)]:
+        if num_values(column) != shape[0]:
+            raise ValueError(
+                f"{path}: the matrix is {shape} but obs[{name!r}] has {num_values(column)} cells"
+            )
+    if not is_array(matrix):
+        rows, others = shape[::-1] if _is_by_column(matrix) else shape
+        refuse_inconsistent(matrix, rows, others, path)
     return RawCells(
         num_cells=shape[0],
         genes=genes,
@@ -63,7 +79,7 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
             else lambda: int(matrix["data"].shape[0])
         ),
         by_row=not is_array(matrix),
-        whole=not is_array(matrix) and "csc" in str(matrix.attrs.get("encoding-type")),
+        whole=not is_array(matrix) and _is_by_column(matrix),
     )
 
 
@@ -85,7 +101,7 @@ def _anndata_matrix(file: Any, path: Path, layer: str | None) -> tuple[Any, Any,
 def _anndata_rows(matrix: Any, shape: tuple[int, ...]) -> Callable[[int, int], sparse.csr_matrix]:
     if is_array(matrix):
         return partial(dense_rows, matrix, False)
-    if "csc" not in str(matrix.attrs.get("encoding-type")):
+    if not _is_by_column(matrix):
         return partial(compressed_rows, matrix, shape[1])
     decoded: list[sparse.csr_matrix] = []
 
@@ -98,3 +114,7 @@ def _anndata_rows(matrix: Any, shape: tuple[int, ...]) -> Callable[[int, int], s
         return decoded[0][start:stop]
 
     return rows
+
+
+def _is_by_column(matrix: Any) -> bool:
+    return "csc" in str(matrix.attrs.get("encoding-type"))

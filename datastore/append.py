@@ -6,6 +6,7 @@ them before the manifest names them; the manifest is replaced last, by a rename.
 store before goes on reading what it was; nothing of that is touched.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from datastore.config import StoreConfig
 from datastore.gene_tables import GeneTables, read_tables
@@ -74,9 +74,9 @@ def _write(
 
 def _columns(store: CellStore) -> list[str]:
     """Columns of obs in the store, but for source and row: new partitions have them, too."""
-    group = zarr.open_group(store.partition_path(0) / "obs", mode="r")
-    names: Any = group.attrs["column-order"]
-    return [str(name) for name in names][2:]
+    metadata = json.loads(store.partition_file(0, "obs/zarr.json"))
+    names: list[str] = metadata["attributes"]["column-order"]
+    return names[2:]
 
 
 def _publish(
@@ -113,7 +113,8 @@ def _remove_beyond_the_manifest(store: CellStore) -> None:
         (store.path / RECORDS, "generation_", generations),
     ):
         for child in folder.glob(f"{prefix}*"):
-            if int(child.name.removeprefix(prefix).split(".")[0]) >= known:
+            number = child.name.removeprefix(prefix).removesuffix(".json")
+            if number.isdecimal() and int(number) >= known:  # others are strays, and not ours
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
 
 

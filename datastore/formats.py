@@ -20,7 +20,13 @@ from scipy import io, sparse
 
 from datastore.anndata_files import open_h5ad, open_zarr
 from datastore.raw_cells import Names, RawCells, ReadOptions, decoded_whole
-from datastore.stored_arrays import compressed_rows, dense_counts, dense_rows, read_values
+from datastore.stored_arrays import (
+    compressed_rows,
+    dense_counts,
+    dense_rows,
+    read_values,
+    refuse_inconsistent,
+)
 from datastore.text_tables import open_text, read_table
 
 _R_GENE: Final = re.compile(r"^(.+?)[-_]ENS[A-Z]*G\d{6,}(\.\d+)?$")
@@ -48,6 +54,7 @@ def _open_10x_h5(path: Path, options: ReadOptions) -> Iterator[RawCells]:
         num_cells = int(group["shape"][1])
         if (len(genes), num_cells) != (int(group["shape"][0]), len(group["barcodes"])):
             raise ValueError(f"{path} does not name every gene and cell of its matrix")
+        refuse_inconsistent(group, num_cells, len(genes), path)
         kept = _expression_only(None if types is None else read_values(types, 0, None), len(genes))
         yield RawCells(
             num_cells=num_cells,
@@ -71,7 +78,7 @@ def _open_10x_mtx(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     try:
         matrix = sparse.coo_matrix(io.mmread(files[0])).T
         lines = [_text_lines(file) for file in files[1:]]
-    except (OSError, ValueError, EOFError, IndexError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, IndexError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"{path} is damaged or half-copied ({error}); copy the folder again"
         ) from error
@@ -194,6 +201,8 @@ def _open_rdata(path: Path, options: ReadOptions) -> Iterator[RawCells]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
     cells = names[1] if names[1] is not None else list(_row_numbers(0, num_cells))
+    if (len(names[0]), len(cells)) != (num_genes, num_cells):
+        raise ValueError(f"{path} does not name every gene and cell of its matrix")
     yield decoded_whole(matrix, [r_gene_symbol(str(name)) for name in names[0]], cells, place="sm")
 
 

@@ -49,14 +49,21 @@ class GenePanel:
 
 
 def read_panel(path: Path) -> GenePanel:
-    """Read a panel from a text file with one gene name per line."""
+    """Read a panel from a text file with one gene name per line.
+
+    Raises:
+        ValueError: If it is no text, names no gene, or one twice.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not a text file; a panel has one gene name per line"
         ) from error
-    return GenePanel(tuple(line.strip() for line in lines if line.strip()))
+    try:
+        return GenePanel(tuple(line.strip() for line in lines if line.strip()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_panel(panel: GenePanel, path: Path) -> None:

@@ -60,7 +60,7 @@ def list_sources(patterns: Sequence[str]) -> list[ListedSource]:
     """Expand globs, folders and tables of files, in a fixed order, each file once.
 
     Raises:
-        FileNotFoundError: If a glob or folder gives nothing.
+        FileNotFoundError: If a glob gives nothing.
         ValueError: If a table of files cannot be used.
     """
     listed: dict[Path, ListedSource] = {}
@@ -94,13 +94,7 @@ def _inside(path: Path) -> list[Path]:
     # A suffix such as .h5ad or .zarr promises a source: what is wrong with it is said on reading.
     if not path.is_dir() or _SUFFIXES.search(path.name) or is_source_folder(path):
         return [path]
-    found = list(_walk(path, set()))
-    if not found:
-        raise FileNotFoundError(
-            f"sources: nothing to read in folder {str(path)!r}; .h5ad, .zarr, .h5, .loom, .RData, "
-            ".csv, .tsv and 10x mtx folders are looked for"
-        )
-    return found
+    return list(_walk(path, set())) or [path]  # the scan says that there is nothing in it
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:

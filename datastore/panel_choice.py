@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from datastore.gene_tables import GeneTables
 from datastore.genes import GenePanel, align_counts, match_genes, panel_of_sources, read_panel
+from datastore.harmonize import species_of
 from datastore.plan import Plan, Slice
 from datastore.scanning import or_broken, usable
 from datastore.sources import Source, open_source
@@ -20,12 +21,15 @@ def choose_panel(plan: Plan, tables: GeneTables, compute: Compute) -> GenePanel:
 
     Raises:
         ValueError: If no panel can be made.
-        BrokenSources: If genes have to be ranked, and some sources hold no raw counts.
+        BrokenSources: If some sources mix species or, where genes have to be ranked, hold no raw
+            counts.
     """
     config = plan.config.panel
     if config.file is not None:
         return read_panel(Path(config.file))
     named = [(source.path, source.genes) for source in plan.sources]
+    # One that mixes species can be left out; sources of one species each, but not the same, cannot.
+    usable([or_broken(path, species_of, genes, path, tables) for path, genes in named])
     everything = panel_of_sources(named, tables, config.min_source_share)
     if config.size is None or config.size >= len(everything):
         return everything

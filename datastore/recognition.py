@@ -88,7 +88,8 @@ def _folder_format(path: Path) -> str:
     if is_source_folder(path):
         return "10x mtx"
     raise ValueError(
-        f"{path} is a folder, but neither an AnnData Zarr nor a 10x mtx folder; name a file"
+        f"{path} is a folder, but neither an AnnData Zarr nor a 10x mtx folder, and holds no file "
+        "with counts either; name a file"
     )
 
 
@@ -124,7 +125,7 @@ def _hdf5_format(path: Path) -> str:
     try:
         with h5py.File(path, "r") as file:
             return _hdf5_layout(file, path)
-    except OSError as error:
+    except (OSError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as HDF5 ({path.suffix}): it is another kind of file, or cut "
             "short; fetch it again"

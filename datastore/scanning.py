@@ -13,13 +13,15 @@ from datastore.config import StoreConfig
 from datastore.genes import read_panel
 from datastore.manifest import ListedSource, list_sources
 from datastore.raw_cells import ReadOptions
-from datastore.sources import BrokenSource, BrokenSources, Source, scan_listed
+from datastore.sources import BrokenSource, BrokenSources, Source, open_source, scan_listed
 from datastore.workers import Compute
 
 log = logging.getLogger(__name__)
 
 _SCANNED_AT_ONCE: Final = 128
 """Sources whose gene names come together; equal ones are kept once before more come."""
+_FIRST_CELLS: Final = 512
+"""Cells of each source that are looked at before any work is begun."""
 _LARGE_BYTES: Final = 64 * 10**6
 """Sources of so many bytes take two workers about as long as starting processes does."""
 
@@ -121,6 +123,7 @@ def _scan_one(
 ) -> Source | BrokenSource:
     try:
         source = scan_listed(listed, options, decoded)
+        _look_at_first_cells(source)
         # Thousands of sources name the same genes: one text of each is enough.
         return replace(source, genes=tuple(map(sys.intern, source.genes)))
     except OSError as error:
@@ -128,6 +131,14 @@ def _scan_one(
         return BrokenSource(str(listed.path), text)
     except ValueError as error:
         return BrokenSource(str(listed.path), str(error))
+
+
+def _look_at_first_cells(source: Source) -> None:
+    """Refuse what is plainly not counts now: found later, the work on all sources is done again."""
+    if source.whole and source.decoded is None:
+        return  # it would be decoded whole for this
+    with open_source(source) as cells:
+        cells.counts(0, min(source.num_cells, _FIRST_CELLS))
 
 
 def _with_shared_names(sources: Sequence[Source]) -> list[Source]:

@@ -8,7 +8,7 @@ remedy, before anything is written.
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,12 @@ from datastore.recognition import recognise
 from datastore.recovery import UnprovenCounts, recover_counts
 
 LARGEST_COUNT: Final = 2**32 - 1
+_DAMAGE: Final = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(ArithmeticError, EOFError, MemoryError, zlib.error),
+)
+"""What the libraries that read files raise on damaged ones: decompressors a `RuntimeError`, what
+takes a damaged size at its word a `MemoryError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,10 @@ def scan_listed(listed: ListedSource, options: ReadOptions, decoded: Path | None
     What had to be decoded whole for that is kept below `decoded`, if given.
     """
     path = listed.path
+    try:
+        listed.source_name.encode()
+    except UnicodeEncodeError as error:  # every cell of it would be named so
+        raise ValueError(f"{path} has a name that is not UTF-8; rename it") from error
     kind = recognise(path)
     with damage_named(path), FORMATS[kind](path, options) as cells:
         if not cells.num_cells:
@@ -145,11 +155,9 @@ class OpenSource:
                 (and may not, or cannot, be computed back from normalised expression).
         """
         path = self.source.path
-        try:
+        with damage_named(Path(path)):
             matrix = sparse.csr_matrix(self.cells.counts(start, stop))
             matrix.check_format(full_check=True)
-        except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
         where = f"{path}, {self.cells.place}"
         if self.source.options.recover_counts and looks_normalised(matrix):
             matrix = self._recovered(matrix, where, start)
@@ -187,13 +195,19 @@ class OpenSource:
 
 @contextmanager
 def open_source(source: Source) -> Iterator[OpenSource]:
-    """Open a scanned source for reading."""
+    """Open a scanned source for reading.
+
+    Raises:
+        ValueError: If it has become unreadable since.
+    """
     opened: AbstractContextManager[RawCells]
     if source.decoded is not None and is_kept(source.decoded):
         opened = open_decoded(Path(source.decoded))
     else:
         opened = FORMATS[source.format](Path(source.path), source.options)
-    with opened as cells:
+    with ExitStack() as stack:
+        with damage_named(Path(source.path)):  # what is done with the cells is no part of it
+            cells = stack.enter_context(opened)
         yield OpenSource(source, cells)
 
 
@@ -202,9 +216,15 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn what libraries raise on damaged files into a sentence with the file's name."""
     try:
         yield
-    except (PermissionError, FileNotFoundError):
-        raise
-    except (OSError, LookupError, TypeError, AttributeError, EOFError, zlib.error) as error:
+    except PermissionError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} has a name that is not UTF-8 ({error.object[:40]!r}); write it anew in UTF-8"
+        ) from error
+    except _DAMAGE as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # it is said already
         raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again") from error
 
 
@@ -217,7 +237,7 @@ def check_counts(matrix: sparse.csr_matrix, where: str, first_row: int = 0) -> N
         first_row: Row of the file that the matrix begins with, for the message.
     """
     data = matrix.data
-    if not np.issubdtype(data.dtype, np.number):
+    if data.dtype.kind not in "iuf":
         raise ValueError(f"{where} holds {data.dtype} values; raw counts are needed")
     if _are_counts(data):
         return

@@ -173,8 +173,11 @@ def open_store(place: str | Path) -> CellStore:
     header, files = checked_header(storage, read_manifest(storage))
     if not storage.is_remote:
         refuse_wrong_sizes(storage, ((name, size) for name, (size, _) in files.items()))
-    genes = _read_whole(storage, GENES, files[GENES]).decode()
-    panel = GenePanel(tuple(genes.splitlines()))
+    genes = _read_whole(storage, GENES, files[GENES])
+    try:
+        panel = GenePanel(tuple(genes.decode().splitlines()))
+    except ValueError as error:
+        raise _damaged(storage, GENES, f"is no panel ({error})") from error
     if panel.digest != header.panel_digest:
         raise StoreFormatError(f"{storage.url}: {GENES} is not the panel that the manifest names")
     return CellStore(storage, header, panel, files)
@@ -243,8 +246,11 @@ def read_manifest(storage: Storage) -> dict[str, Any]:
             f"{storage.url} is not a whole cell store ({MANIFEST} is missing): an ingest did not "
             "finish, or a copy was cut short; run launchers/build_store.py again"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise StoreFormatError(f"{storage.url}/{MANIFEST} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreFormatError(
+            f"{storage.url}/{MANIFEST} cannot be read: it is cut short or no manifest ({error}); "
+            "copy the store again or rebuild it"
+        ) from error
     if version != SCHEMA_VERSION:
         raise StoreFormatError(
             f"{storage.url} has schema version {version}, this program reads {SCHEMA_VERSION}; "
@@ -265,7 +271,8 @@ def checked_header(
         said = manifest["header"]
         lists = ("partitions", "generations", "sources", "left_out")
         header = StoreHeader(**{**said, **{name: tuple(said[name]) for name in lists}})
-        files = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
+        _refuse_odd(header)
+        files = _entries(manifest["files"])
         expected = [GENES, *(record_name(number) for number in range(len(header.partitions)))]
         missing = [name for name in expected if name not in files]
         if missing:
@@ -290,11 +297,35 @@ def is_as_written(storage: Storage, manifest: dict[str, Any]) -> bool:
     )
 
 
+def _refuse_odd(header: StoreHeader) -> None:
+    """Refuse a header whose values are of other kinds than we write; its seal may be true."""
+    numbers = [*header.partitions, *header.generations, header.num_counts, header.seed]
+    if any(type(number) is not int for number in numbers) or min(numbers[:-1]) < 0:
+        raise ValueError("a number in the header is none")
+    if not all(isinstance(source, dict) and "name" in source for source in header.sources):
+        raise ValueError("a source in the header has no name")
+    if not all(
+        isinstance(out, dict) and {"path", "reason"} <= out.keys() for out in header.left_out
+    ):
+        raise ValueError("a source that was left out has no reason")
+
+
+def _entries(listed: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """Size and SHA-256 by file name; a name may not lead out of the folder."""
+    for name in listed:
+        if ".." in name.split("/") or name.startswith("/"):
+            raise ValueError(f"it names {name!r}, outside the store")
+    return {name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
+
+
 @lru_cache(maxsize=16)  # the arrays of a partition are opened one after another
 def read_record(storage: Storage, name: str, entry: FileEntry) -> Mapping[str, FileEntry]:
     """Read size and SHA-256 of each file of a partition."""
-    record = json.loads(_read_whole(storage, name, entry))
-    return {name: (int(size), str(digest)) for name, (size, digest) in record.items()}
+    content = _read_whole(storage, name, entry)
+    try:
+        return _entries(json.loads(content))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _damaged(storage, name, f"is no record ({error})") from error
 
 
 def refuse_wrong_sizes(storage: Storage, files: Iterable[tuple[str, int]]) -> None:

@@ -1,6 +1,8 @@
 """Columns and matrices as HDF5 and Zarr store them, read some rows at a time."""
 
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import anndata
@@ -21,9 +23,14 @@ def is_array(element: Any) -> bool:
     return isinstance(element, h5py.Dataset | zarr.Array)
 
 
+def index_of(table: Any) -> Any:
+    """The index of a stored data frame, not yet read."""
+    return table[table.attrs.get("_index", "_index")]
+
+
 def read_index(table: Any, start: int, stop: int | None) -> Names:
     """Read rows [start, stop) of the index of a stored data frame."""
-    return read_values(table[table.attrs.get("_index", "_index")], start, stop)
+    return read_values(index_of(table), start, stop)
 
 
 def read_values(element: Any, start: int, stop: int | None) -> Names:
@@ -38,7 +45,7 @@ def read_values(element: Any, start: int, stop: int | None) -> Names:
         former = element.file[element.attrs["categories"]]
         return _categories(element[start:stop], read_values(former, 0, None))
     if isinstance(element, h5py.Dataset) and h5py.check_string_dtype(element.dtype):
-        return _objects(element.asstr()[start:stop])
+        return _objects(element.asstr("utf-8")[start:stop])
     return _objects(element[start:stop])
 
 
@@ -50,6 +57,56 @@ def _categories(codes: NDArray[np.integer[Any]], categories: Names) -> Names:
 def _objects(values: Any) -> Names:
     array = np.asarray(values, object)
     return np.array([None if value is None or value != value else value for value in array], object)
+
+
+def num_values(element: Any) -> int:
+    """Count the values of a column, without reading them."""
+    if not is_array(element):
+        element = element["codes" if "codes" in element else "values"]
+    return int(element.shape[0])
+
+
+def refuse_incomplete(arrays: Mapping[str, Any], path: Path) -> None:
+    """Refuse arrays of a Zarr folder that lack chunks: these would be read as zeros, or no names.
+
+    Only for arrays of which no whole chunk can be zeros; chunks of zeros are not stored.
+
+    Raises:
+        ValueError: If a chunk is missing.
+    """
+    for name, array in arrays.items():
+        if isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks:
+            missing = array.nchunks - array.nchunks_initialized
+            raise ValueError(
+                f"{path} is half-copied: {missing} of {array.nchunks} chunks of {name} are "
+                "missing; copy it again"
+            )
+
+
+def refuse_inconsistent(group: Any, num_rows: int, num_columns: int, path: Path) -> None:
+    """Look at the ends of CSR arrays (or CSC ones, of columns) before any are read by part.
+
+    Raises:
+        ValueError: If they do not belong together, or a chunk of them is missing.
+    """
+    indptr, indices, data = (group[name] for name in ("indptr", "indices", "data"))
+    sizes = [int(array.shape[0]) for array in (indptr, indices, data)]
+    if sizes[0] != num_rows + 1 or sizes[1] != sizes[2]:
+        raise ValueError(
+            f"{path} is damaged: of {num_rows} rows or columns there are {sizes[0]} pointers, "
+            f"{sizes[1]} indices and {sizes[2]} values; fetch it again"
+        )
+    if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
+        raise ValueError(f"{path} is damaged: its indices are {indices.dtype}; fetch it again")
+    if sizes[2] and num_columns > 1:
+        names = {f"{group.name}/{name}": group[name] for name in ("indptr", "indices", "data")}
+        refuse_incomplete(names, path)
+    ends = int(indptr[0]), int(indptr[-1])
+    if ends != (0, sizes[2]):
+        raise ValueError(
+            f"{path} is damaged: its pointers go from {ends[0]} to {ends[1]}, its values from 0 to "
+            f"{sizes[2]}; fetch it again"
+        )
 
 
 def compressed_rows(group: Any, num_genes: int, start: int, stop: int) -> sparse.csr_matrix:

@@ -156,7 +156,13 @@ def configure_logging(rank: int) -> None:
 
 
 def _words(argv: Sequence[str] | None) -> list[str]:
-    return list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{word!r} is not UTF-8; rename what it names") from error
+    return words
 
 
 def _spelled(launcher: str) -> str:
@@ -208,7 +214,9 @@ def _sentence(error: Exception) -> str:
 
 def echo(text: str = "") -> None:
     """Print a result line for the person at the terminal (libraries only log)."""
-    print(text, flush=True)
+    # A file's name may be what the terminal's encoding does not have.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def echo_json(facts: Any) -> None:

@@ -192,6 +192,23 @@ def test_leftovers_of_another_append_are_removed(
     assert file_bytes(base.path) == expected
 
 
+def test_strays_in_a_store_are_left_alone(
+    base: CellStore, raw: list[list[str]], expected: dict[str, bytes]
+) -> None:
+    shutil.copytree(base.path / "dataset_0", base.path / "dataset_copy")
+    append_store(appending(raw[1], base.path))
+    assert {
+        name for name in file_bytes(base.path) if not name.startswith("dataset_copy/")
+    } == expected.keys()
+    assert (base.path / "dataset_copy" / "zarr.json").exists()
+
+
+def test_a_lost_partition_is_named(base: CellStore, raw: list[list[str]]) -> None:
+    shutil.rmtree(base.path / "dataset_0")
+    message = r"dataset_0/.*zarr\.json is missing; copy the store again"
+    refuse(appending(raw[1], base.path), message)
+
+
 def test_a_rebuilt_store_forgets_a_stopped_append(
     base: CellStore,
     raw: list[list[str]],

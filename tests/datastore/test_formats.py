@@ -5,6 +5,7 @@ import gzip
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -284,6 +285,34 @@ def zarr_of_something(folder: Path) -> Path:
     return path
 
 
+def r_short_names(folder: Path) -> Path:
+    sm = r_matrix(sparse.csc_matrix(RAW.counts.T), GENES[:-2], cell_names(RAW))
+    return write_r_objects(folder / "pbmc.RData", {"sm": sm})
+
+
+def huge_mtx(folder: Path) -> Path:
+    path = write_10x_mtx(folder / "pbmc", RAW, 2)
+    kind = "%%MatrixMarket matrix coordinate integer general"
+    (path / "matrix.mtx").write_text(f"{kind}\n11 23 999999999999999\n1 1 1\n")
+    return path
+
+
+def zarr_without(name: str, version: Literal[2, 3] = 3) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = write_zarr(folder / "pbmc.zarr", adata_of(RAW), version)
+        (path / name).unlink()
+        return path
+
+    return write
+
+
+def cut_zarr_chunk(folder: Path) -> Path:
+    path = write_zarr(folder / "pbmc.zarr", adata_of(RAW))
+    chunk = path / "var" / "_index" / "c" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:9])
+    return path
+
+
 def damaged_zarr(folder: Path) -> Path:
     path = write_zarr(folder / "pbmc.zarr", adata_of(RAW))
     (path / "zarr.json").write_text("{")
@@ -336,6 +365,25 @@ def damaged_zarr(folder: Path) -> Path:
         ),
         pytest.param(zarr_of_something, "Zarr folder but not an AnnData", id="other Zarr"),
         pytest.param(damaged_zarr, "damaged", id="damaged Zarr"),
+        pytest.param(cut_zarr_chunk, "damaged or cut short", id="cut Zarr chunk"),
+        *(
+            pytest.param(
+                zarr_without(f"X/{name}/c/0"),
+                rf"half-copied: 1 of 1 chunks of .*{name} are missing; copy it again",
+                id=f"Zarr without {name}",
+            )
+            for name in ("data", "indices", "indptr")
+        ),
+        pytest.param(zarr_without("X/data/0", 2), "half-copied: 1 of 1", id="Zarr 2 without data"),
+        pytest.param(
+            zarr_without("var/_index/c/0"), "chunks of the names in var", id="Zarr without genes"
+        ),
+        pytest.param(
+            zarr_without("obs/_index/c/0"), "chunks of the names in obs", id="Zarr without cells"
+        ),
+        pytest.param(zarr_without("X/indptr/zarr.json"), "cut short", id="Zarr without pointers"),
+        pytest.param(r_short_names, "not name every gene and cell", id="RData with few names"),
+        pytest.param(huge_mtx, "pbmc is damaged or half-copied", id="mtx of absurd size"),
         pytest.param(text(",A,ACTB\nc1,1\n"), "line 2 has 2 fields instead of 3", id="short line"),
         pytest.param(
             text(",ACTB,label\nc1,1,T cell\n"), "line 2, column 'label' holds 'T cell'", id="words"

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from datastore import align_pass, ingest, spool, store_writing, write_pass
+from datastore import align_pass, ingest, scanning, spool, store_writing, write_pass
 from datastore.config import PanelConfig, StoreConfig
 from datastore.ingest import build_store
 from datastore.reader import CellReader
@@ -447,15 +447,19 @@ def test_every_broken_source_is_named_at_once(tmp_path: Path) -> None:
     _, paths = broken_sources(tmp_path)
     panel = PanelConfig(file=str(tmp_path / "panel.txt"))
     config = store_config(paths, tmp_path / "s.zarr", panel=panel)
-    with pytest.raises(ValueError, match="2 sources cannot be used") as refusal:
+    with pytest.raises(ValueError, match="3 sources cannot be used") as refusal:
         build_store(config)
-    assert re.search(r"cut\.h5ad .*absent\.h5ad", str(refusal.value), re.DOTALL)
+    assert re.search(r"cut\.h5ad .*absent\.h5ad.*negative\.h5ad", str(refusal.value), re.DOTALL)
     assert "--skip_broken true goes on without" in str(refusal.value)
     assert not list(tmp_path.glob("s.zarr*"))
 
 
+@pytest.mark.parametrize("first_cells", [1, 512])  # found late, in the midst of the work, or early
 @pytest.mark.parametrize("panel_from", ["file", "variance"])
-def test_broken_sources_are_skipped_when_asked(tmp_path: Path, panel_from: str) -> None:
+def test_broken_sources_are_skipped_when_asked(
+    tmp_path: Path, panel_from: str, first_cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_FIRST_CELLS", first_cells)
     good, paths = broken_sources(tmp_path)
     panel = PanelConfig(file=str(tmp_path / "panel.txt"))
     if panel_from == "variance":  # values are read before there is a panel
@@ -476,6 +480,19 @@ def test_broken_sources_are_skipped_when_asked(tmp_path: Path, panel_from: str) 
     alone = build_store(store_config(paths[:2], tmp_path / "alone.zarr", panel=panel))
     assert alone.header.store_id == built.header.store_id
     assert alone.header.left_out == ()
+
+
+def test_a_source_of_two_species_is_skipped_when_asked(tmp_path: Path) -> None:
+    good = random_cells("good", 0, 12, [f"ENSG{place:011d}" for place in range(9)])
+    both = [f"{'ENSG' if place % 2 else 'ENSMUSG'}{place:011d}" for place in range(9)]
+    paths = write_sources(tmp_path, [good, random_cells("both", 1, 12, both)])
+    config = store_config(paths, tmp_path / "s.zarr")
+    with pytest.raises(ValueError, match=r"both\.h5ad mixes species: .*; --skip_broken true goes"):
+        build_store(config)
+    built = build_store(replace(config, skip_broken=True))
+    assert_holds(built, [good])
+    (line,) = built.header.left_out
+    assert "mixes species" in line["reason"]
 
 
 def test_no_usable_source_is_an_error_even_when_skipping(tmp_path: Path) -> None:
@@ -595,6 +612,7 @@ def test_a_refusal_waits_for_the_other_workers(
             started.wait(20)
         return read(cells, start, stop)
 
+    monkeypatch.setattr(scanning, "_FIRST_CELLS", 1)  # so that the bad value is found later
     monkeypatch.setattr(align_pass, "write_spool", slow_save)
     monkeypatch.setattr(OpenSource, "counts", read_after_other)
     with pytest.raises(ValueError, match="not whole"):

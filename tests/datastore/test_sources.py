@@ -1,5 +1,6 @@
 """Raw files: every layout gives the same counts, whatever is wrong is said with its remedy."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,13 +192,100 @@ def test_booleans_are_not_counts() -> None:
         check_counts(sparse.csr_matrix([[True]]), "pbmc, X")
 
 
-def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
+def _replace(file: h5py.File, name: str, values: Any) -> None:
+    attributes = dict(file[name].attrs)
+    del file[name]
+    file[name] = values
+    file[name].attrs.update(attributes)
+
+
+def pointer(place: int, value: int) -> Callable[[h5py.File], None]:
+    def spoil(file: h5py.File) -> None:
+        file["X/indptr"][place] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize("layout", ["CSR float32", "CSC"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(pointer(-1, 10**6), "pointers go from 0 to 1000000", id="beyond the end"),
+        pytest.param(pointer(-1, 90), "pointers go from 0 to 90", id="before the end"),
+        pytest.param(pointer(0, 3), "pointers go from 3", id="not from 0"),
+        pytest.param(
+            lambda file: _replace(file, "X/indptr", file["X/indptr"][:-2]), "pointers", id="few"
+        ),
+        pytest.param(
+            lambda file: _replace(file, "X/data", file["X/data"][:-2]), "indices and", id="values"
+        ),
+        pytest.param(
+            lambda file: _replace(file, "X/indices", file["X/indices"][:] + 0.5),
+            "indices are float64",
+            id="indices of another kind",
+        ),
+        pytest.param(
+            lambda file: _replace(file, "obs/_index", file["obs/_index"][:-3]),
+            r"\(23, 11\) but obs\['_index'\] has 20 cells",
+            id="fewer names than cells",
+        ),
+        pytest.param(lambda file: file.pop("X/indptr"), "cut short .*'indptr'", id="no pointers"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_damage(
+    tmp_path: Path, layout: str, spoil: Callable[[h5py.File], Any], message: str
+) -> None:
+    path = write_h5ad(tmp_path, RAW, LAYOUTS[layout](RAW.counts))
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    with pytest.raises(ValueError, match=rf"pbmc\.h5ad.*{message}"):
+        scan_source(path, None)
+
+
+@pytest.mark.parametrize("value", ["text", "complex"])
+def test_other_kinds_of_values_are_not_counts(tmp_path: Path, value: str) -> None:
+    path = write_h5ad(tmp_path, RAW, RAW.counts.astype(np.float32))
+    kinds: dict[str, Any] = {"text": "S1", "complex": complex}
+    with h5py.File(path, "r+") as file:
+        _replace(file, "X", np.ones((23, 11)).astype(kinds[value]))
+    with pytest.raises(ValueError, match=r"pbmc\.h5ad, X holds .* values; raw counts are needed"):
+        scan_source(path, None)
+
+
+@pytest.mark.parametrize("table", ["obs", "var"])
+def test_names_that_are_not_utf8_are_named_with_their_file(tmp_path: Path, table: str) -> None:
     path = write_h5ad(tmp_path, RAW)
     with h5py.File(path, "r+") as file:
-        file["X"]["indptr"][-1] = 10**6
+        names = file[f"{table}/_index"][:].astype("S9")
+        names[1] = b"\xffG"
+        _replace(file, f"{table}/_index", names)
+    message = r"pbmc\.h5ad has a name that is not UTF-8 \(b'.xffG'\)"
+    with pytest.raises(ValueError, match=message), open_source(scan_source(path, None)) as cells:
+        cells.cell_names(0, 3)
+
+
+def test_a_file_with_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path, RAW)
+    odd = path.rename(tmp_path / os.fsdecode(b"caf\xe9.h5ad"))
+    with pytest.raises(ValueError, match=r"caf.*\.h5ad has a name that is not UTF-8; rename it"):
+        scan_source(odd, None)
+
+
+def test_what_breaks_after_the_scan_is_named(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path, RAW)
     source = scan_source(path, None)
-    with pytest.raises(ValueError, match=r"pbmc.h5ad is damaged: .*; fetch it again"):
-        read_cells(source, 20, 23)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"pbmc\.h5ad is damaged or cut short \("):
+        read_cells(source, 0, 3)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pbmc\.h5ad is damaged or cut short \("):
+        read_cells(source, 0, 3)
+
+
+def test_what_is_done_with_cells_is_not_blamed_on_their_file(tmp_path: Path) -> None:
+    source = scan_source(write_h5ad(tmp_path, RAW), None)
+    with pytest.raises(OSError, match="disk is full"), open_source(source):
+        raise OSError("disk is full")
 
 
 def test_columns_outside_the_matrix_are_damage(tmp_path: Path) -> None:
@@ -205,5 +293,5 @@ def test_columns_outside_the_matrix_are_damage(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["X"]["indices"][0] = 5000
     source = scan_source(path, None)
-    with pytest.raises(ValueError, match=r"pbmc.h5ad is damaged: .*; fetch it again"):
+    with pytest.raises(ValueError, match=r"pbmc.h5ad is damaged or .*indices.*; fetch it again"):
         read_cells(source, 0, 3)

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import zarr
 
 from datastore.reader import CellReader
 from datastore.store import (
+    GENES,
     MANIFEST,
     CellStore,
     StoreFormatError,
+    file_digest,
     open_store,
     publish_manifest,
     record_name,
@@ -94,7 +97,8 @@ def test_a_folder_without_manifest_is_not_a_store(copied_store: CellStore) -> No
     ("content", "message"),
     [
         pytest.param('{"header": {"schema_ver', "cannot be read", id="truncated"),
-        pytest.param("", "cannot be read", id="empty"),
+        pytest.param("", "cut short or no manifest .*; copy the store again", id="empty"),
+        pytest.param("[" * 100_000, "cannot be read", id="nested without end"),
         pytest.param("\ufeff[]", "cannot be read", id="other JSON"),
         pytest.param('{"header": {}}', "cannot be read", id="no version"),
         pytest.param('{"header": {"schema_version": 1}}', "is damaged", id="fields missing"),
@@ -113,6 +117,47 @@ def test_an_unknown_header_field_is_refused(copied_store: CellStore) -> None:
     edit_manifest(copied_store, colour="blue")
     with pytest.raises(StoreFormatError, match=r"damaged.*colour"):
         open_store(copied_store.path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"partitions": [-70], "generations": [-70]}, id="fewer than no cells"),
+        pytest.param({"partitions": [70.5], "generations": [70.5]}, id="half a cell"),
+        pytest.param({"num_counts": "many"}, id="text for a number"),
+        pytest.param({"sources": [3]}, id="a source that is a number"),
+        pytest.param({"sources": [{}]}, id="a source without a name"),
+        pytest.param({"left_out": ["x"]}, id="left out without a reason"),
+    ],
+)
+def test_a_sealed_header_of_other_values_is_refused(
+    copied_store: CellStore, changes: dict[str, Any]
+) -> None:
+    edit_manifest(copied_store, **changes)
+    with pytest.raises(StoreFormatError, match=r"manifest\.json is damaged \("):
+        open_store(copied_store.path)
+
+
+@pytest.mark.parametrize("name", ["../other.zarr/x", "/etc/passwd", "records/../../x"])
+def test_a_manifest_that_leads_out_of_the_store_is_refused(
+    copied_store: CellStore, name: str
+) -> None:
+    content = json.loads((copied_store.path / MANIFEST).read_text())
+    publish_manifest(
+        copied_store.path, content["header"], {**content["files"], name: [1, "0" * 64]}
+    )
+    with pytest.raises(StoreFormatError, match=rf"damaged \(it names '{name}', outside the store"):
+        open_store(copied_store.path)
+
+
+@pytest.mark.parametrize("name", [GENES, "records/dataset_0.json"])
+def test_a_sealed_file_of_other_content_is_named(copied_store: CellStore, name: str) -> None:
+    (copied_store.path / name).write_bytes(b"\xff[")
+    content = json.loads((copied_store.path / MANIFEST).read_text())
+    entry = [2, file_digest(copied_store.path / name)]
+    publish_manifest(copied_store.path, content["header"], {**content["files"], name: entry})
+    with pytest.raises(StoreFormatError, match=rf"{name} is no (panel|record) .*copy the store"):
+        open_store(copied_store.path).partition_files(0)
 
 
 @pytest.mark.parametrize("field", ["num_counts", "seed", "left_out"])

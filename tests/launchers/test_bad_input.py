@@ -1,21 +1,37 @@
 """What a user may get wrong: one sentence with the remedy, exit code 2, nothing half-written."""
 
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
 from datastore.genes import GenePanel
+from datastore.store import open_store
+from datastore.verification import verify_store
 from finetune.classifier import CellClassifier, save_classifier
 from finetune.config import HeadConfig
 from launchers import annotate, build_store, finetune, pretrain
+from launchers import store as store_launcher
 from pretrain.export import read_export
+from tests.support.cells import RawCells, file_bytes, random_cells, write_h5ad
 from tests.support.labelled import GENES, TYPES, labelled_cells, write_encoder, write_labelled
+from tests.support.raw_files import (
+    adata_of,
+    write_10x_h5,
+    write_10x_mtx,
+    write_loom,
+    write_rdata,
+    write_table,
+    write_zarr,
+)
 
 
 def _save(change: Callable[[anndata.AnnData], anndata.AnnData | None]) -> Callable[[Path], None]:
@@ -120,6 +136,128 @@ def test_build_store_refuses(
     )
     _refused(code, capsys, message)
     assert {path.name for path in tmp_path.iterdir()} <= {"bad.h5ad"}
+
+
+def _cells() -> RawCells:
+    return random_cells("raw", 5, 23, GENES)
+
+
+def _write_all_kinds_of_bad(folder: Path) -> dict[str, str]:
+    """A source of each format with a fault of its own; a word of the reason by name."""
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+    cut(write_rdata(folder / "cut.sparse.RData", _cells()))
+    cut(write_10x_h5(folder / "cut.h5", _cells(), 3))
+    cut(write_loom(folder / "cut.loom", _cells()))
+    cut(write_table(folder / "cut.csv.gz", _cells(), True))
+    cut(write_10x_mtx(folder / "cut_mtx", _cells(), 3) / "matrix.mtx.gz")
+    (write_10x_mtx(folder / "short_mtx", _cells(), 2) / "barcodes.tsv").write_text("c0\nc1\n")
+    (write_zarr(folder / "half.zarr", adata_of(_cells())) / "X" / "data" / "c" / "0").unlink()
+    with h5py.File(write_h5ad(folder, replace(_cells(), name="pointers")), "r+") as file:
+        file["X/indptr"][-1] = 3
+    values = _cells().counts.astype(np.float64)
+    values[3, 2] = 2.0**40
+    write_h5ad(folder, replace(_cells(), name="huge"), values)
+    foreign = [f"AT1G{place:05d}" for place in range(len(GENES))]
+    write_h5ad(folder, random_cells("foreign", 6, 9, foreign))
+    header = "," + ",".join(GENES)
+    (folder / "word.csv").write_text(f"{header}\nc0,many{',1' * (len(GENES) - 1)}\n")
+    (folder / "ragged.csv").write_text(f"{header}\nc0,1,2\n")
+    (folder / "page.tsv").write_text("<!doctype html>\n<p>gone</p>\n")
+    (folder / "empty.h5ad").touch()
+    (folder / "folder.h5ad").mkdir()
+    write_h5ad(folder, _cells()).rename(folder / os.fsdecode(b"caf\xe9.h5ad"))
+    return {
+        "cut.sparse.RData": "cut short",
+        "cut.h5": "cut short",
+        "cut.loom": "cut short",
+        "cut.csv.gz": "cut short",
+        "cut_mtx": "half-copied",
+        "short_mtx": "2 cells",
+        "half.zarr": "half-copied",
+        "pointers.h5ad": "is damaged",
+        "huge.h5ad": "above 4294967295",
+        "foreign.h5ad": "0 of 32 panel genes",
+        "word.csv": "'many' instead of a count",
+        "ragged.csv": "line 2 has 3 fields",
+        "page.tsv": "web page",
+        "empty.h5ad": "is empty",
+        "folder.h5ad": "is a folder",
+        "caf\\udce9.h5ad": "not UTF-8",
+    }
+
+
+def test_every_kind_of_bad_source_is_named_and_the_rest_is_stored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, empty, store = tmp_path / "raw", tmp_path / "empty", tmp_path / "cells.zarr"
+    raw.mkdir()
+    empty.mkdir()
+    reasons = {**_write_all_kinds_of_bad(raw), "empty": "is a folder"}
+    flags = ["--min_genes", "1", "--output", str(store)]
+    flags += ["--sources", f"{folder}/good.h5ad", str(raw), str(empty)]
+    panel = ["--panel.file", f"{folder}/panel.txt"]
+    code = build_store.main([*flags, *panel])
+    _refused(code, capsys, "16 sources cannot be used")  # the genes are looked at after the files
+    assert not list(tmp_path.glob("cells.zarr*"))
+    for more in (panel, ["--append", "true"]):
+        if "--append" in more:
+            more_cells = write_h5ad(tmp_path, random_cells("more", 8, 11, GENES))
+            flags[flags.index(f"{folder}/good.h5ad")] = str(more_cells)
+        assert build_store.main([*flags, *more, "--skip_broken", "true"]) == 0
+        lines = capsys.readouterr().out.splitlines()[-len(reasons) - 1 :]
+        for name, reason in reasons.items():
+            (line,) = [line for line in lines if f"/{name}" in line]
+            assert line.startswith("left out: ")
+            assert reason in line, line
+        assert verify_store(store) == []
+    assert [line["name"] for line in open_store(store).header.sources] == ["good", "more"]
+    assert open_store(store).num_cells == 20 + 11
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        pytest.param('"schema_version": 1', '"schema_version": 2', "schema version 2", id="newer"),
+        pytest.param('"files"', '"fi', "manifest.json is damaged", id="other keys"),
+        pytest.param("{", "", "manifest.json cannot be read: it is cut short", id="no JSON"),
+    ],
+)
+def test_a_store_of_another_schema_is_refused_by_every_command(
+    old: str,
+    new: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "cells.zarr"
+    source = ["--sources", f"{folder}/good.h5ad", "--min_genes", "1", "--output", str(store)]
+    assert build_store.main(source) == 0
+    manifest = store / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(old, new, 1))
+    before = file_bytes(tmp_path)
+    capsys.readouterr()
+    for command in (
+        lambda: store_launcher.main(["info", str(store)]),
+        lambda: build_store.main([*source, "--append", "true"]),
+        lambda: pretrain.main(["--store", str(store), "--output", f"{tmp_path}/run"]),
+    ):
+        _refused(command(), capsys, message)
+    assert store_launcher.main(["verify", str(store)]) in (1, 2)
+    printed = capsys.readouterr()
+    assert "manifest.json" in printed.out + printed.err or message in printed.err
+    assert file_bytes(tmp_path) == before
+
+
+def test_an_argument_that_is_not_utf8_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(b"caf\xe9.h5ad")
+    code = build_store.main(["--sources", odd, "--output", f"{tmp_path}/cells.zarr"])
+    _refused(code, capsys, "'caf\\udce9.h5ad' is not UTF-8; rename what it names")
 
 
 @pytest.mark.parametrize(("write", "message"), FILES + GENE_NAMES)
