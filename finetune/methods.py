@@ -160,18 +160,40 @@ def experts_alone(task: Task) -> Answer:
     return Answer(np.array(pool.classes)[given], strangeness, is_novel)
 
 
-def celltypist(task: Task) -> Answer:
-    """CellTypist, trained on the learning side by stochastic gradient descent.
+class OneAgainstRest(LogisticRegression):  # type: ignore[misc]
+    """Logistic regressions of one type against all others, as CellTypist trains them."""
 
-    Its other way of training (1.7.1) passes scikit-learn an argument that is gone from there.
+    def fit(self, x: NDArray[Any], labels: NDArray[np.str_]) -> "OneAgainstRest":
+        """Fit x, (N, K); of two types the second's regression serves both."""
+        names = np.unique(labels)
+        settings = {"C": self.C, "solver": self.solver, "max_iter": self.max_iter}
+        one = [
+            LogisticRegression(**settings).fit(x, labels == name)
+            for name in (names if len(names) > 2 else names[1:])
+        ]
+        self.classes_, self.n_features_in_ = names, x.shape[1]
+        self.coef_ = np.concatenate([model.coef_ for model in one])
+        self.intercept_ = np.concatenate([model.intercept_ for model in one])
+        return self
+
+
+def celltypist(task: Task) -> Answer:
+    """CellTypist, trained on the learning side.
+
+    CellTypist 1.7.1 asks scikit-learn for one regression against the rest by an argument that is
+    gone from there, and is given `OneAgainstRest` instead.
     """
     peer = need("celltypist", "CellTypist")
+    training: Any = importlib.import_module("celltypist.train")
     anndata = importlib.import_module("anndata")
     train, test = (counts_per_10k(x).log1p() for x in (task.train.counts, task.test))
     names = list(task.genes)
-    model = peer.train(
-        train, labels=task.train.labels, genes=names, check_expression=False, use_SGD=True
-    )
+    former = training.LogisticRegression
+    training.LogisticRegression = lambda multi_class, **settings: OneAgainstRest(**settings)
+    try:
+        model = peer.train(train, labels=task.train.labels, genes=names, check_expression=False)
+    finally:
+        training.LogisticRegression = former
     query = anndata.AnnData(test)
     query.var_names = names
     found = peer.annotate(query, model=model).predicted_labels["predicted_labels"]

@@ -13,7 +13,12 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+
+from finetune.methods import OneAgainstRest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -38,6 +43,17 @@ task = Task(
 right = {name: METHODS[name](task).labels == labels[~learnt] for name in ("CellTypist", "SingleR")}
 print(json.dumps({name: float(found.mean()) for name, found in right.items()}))
 """
+
+
+@pytest.mark.parametrize("num_types", [2, 4])
+def test_one_against_rest_is_scikit_learns(num_types: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array(["a", "b", "c", "d"])[rng.integers(num_types, size=90)]
+    x = rng.normal(size=(90, 12)) + (labels[:, None] == np.array(["a", "b", "c", "d"] * 3))
+    ours = OneAgainstRest(C=0.3, max_iter=500).fit(x, labels)
+    theirs = OneVsRestClassifier(LogisticRegression(C=0.3, max_iter=500)).fit(x, labels)
+    assert (ours.predict(x) == theirs.predict(x)).all()
+    np.testing.assert_allclose(ours.decision_function(x), theirs.decision_function(x), atol=1e-6)
 
 
 @pytest.mark.slow
