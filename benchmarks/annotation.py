@@ -129,7 +129,7 @@ def cross(data: str, query: str) -> Entry:
 
 SUITE: Final = [
     *(
-        Entry(f"{name}, few-shot, 10 cells of each type", name, FEW, seeds=tuple(range(5)))
+        Entry(f"{name}, few-shot, 10 cells of each type", name, FEW, seeds=(0, 1, 2))
         for name in ("baron", "pbmc3k", "kang", "zheng", "darmanis", "pbmc68k", "pbmc4k", "lung")
     ),
     cross("pbmc3k", "kang"),
