@@ -1,9 +1,10 @@
 """Encoder + head = cell-type classifier, and its predictions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ from finetune.heads import HEADS, ExpressionLogits
 from finetune.novelty import NoveltyDetector, detector_shape
 from pretrain.encoder import ExpressionEncoder
 from pretrain.export import Export, read_export, write_export
+
+MOST_WORKERS: Final = 8
+"""Batches labelled at a time, at most: each takes memory for its activations."""
+Part = TypeVar("Part", bound=tuple[Tensor, ...])
 
 
 class CellClassifier(nn.Module):
@@ -108,26 +113,54 @@ def predict(
         progress: Show a bar when somebody watches.
     """
     device = next(model.parameters()).device
+    narrow, kind = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def label(start: int) -> tuple[Tensor, ...]:
+        part = counts[start : start + batch_size]
+        (tokens,) = token_batches(part, batch_size, model.encoder)
+        rates = dense_rates(part, device)
+        # Both are a thread's own, so they are entered by whichever labels the batch.
+        with torch.no_grad(), torch.autocast(device.type, kind, enabled=narrow):
+            logits, embedding = model(tokens.to(device), rates)
+            found = [logits.float().softmax(-1), embedding.float()]
+            if model.novelty is not None:
+                found.append(model.novelty(logits.float(), rates))
+        return tuple(values.cpu() for values in found)
+
     was_training = model.training
     model.eval()
-    parts: list[tuple[Tensor, ...]] = []
+    parts = []
     hidden = None if progress else True
-    with torch.no_grad(), tqdm(total=counts.shape[0], unit="cell", disable=hidden) as bar:
-        for start, tokens in zip(
-            range(0, counts.shape[0], batch_size),
-            token_batches(counts, batch_size, model.encoder),
-            strict=True,
-        ):
-            rates = dense_rates(counts[start : start + batch_size], device)
-            logits, embedding = model(tokens.to(device), rates)
-            part = [logits.float().softmax(-1), embedding.float()]
-            if model.novelty is not None:
-                part.append(model.novelty(logits.float(), rates))
-            parts.append(tuple(values.cpu() for values in part))
-            bar.update(len(tokens))
+    with tqdm(total=counts.shape[0], unit="cell", disable=hidden) as bar:
+        for part in _several_at_a_time(label, range(0, counts.shape[0], batch_size), device):
+            parts.append(part)
+            bar.update(len(part[0]))
     model.train(was_training)
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     return Predictions(columns[0], columns[1], model.labels, *columns[2:])
+
+
+def _several_at_a_time(
+    label: Callable[[int], Part], starts: Sequence[int], device: torch.device
+) -> Iterator[Part]:
+    """Label batches, in order; on the CPU several at a time, each on its share of the threads.
+
+    Threads that share a batch wait for each other at every step of it, and keep cores busy
+    meanwhile: two of them labelled a fifth more cells than one, two batches at a time almost twice
+    as many.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, MOST_WORKERS, len(starts)) if device.type == "cpu" else 1
+    if workers <= 1:
+        yield from map(label, starts)
+        return
+    pool = ThreadPoolExecutor(workers)
+    torch.set_num_threads(threads // workers)
+    try:
+        yield from pool.map(label, starts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def dense_rates(counts: sparse.csr_matrix, device: torch.device) -> Tensor:

@@ -65,6 +65,47 @@ def test_predictions_do_not_depend_on_batch_mates(
     np.testing.assert_allclose(first, whole[0], atol=2e-6)
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "autocast"])
+def test_batches_at_a_time_are_those_one_by_one(
+    model: CellClassifier, counts: sparse.csr_matrix, narrow: bool
+) -> None:
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):  # one after the other; then as many batches at a time
+            torch.set_num_threads(number)
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                results.append(predict(model, counts, 4))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.probabilities, results[0].probabilities)
+        np.testing.assert_array_equal(other.embedding, results[0].embedding)
+    if narrow:  # the threads computed as they were told to
+        assert (results[0].embedding != predict(model, counts, 4).embedding).any()
+
+
+def test_a_batch_that_fails_ends_the_others(
+    model: CellClassifier, counts: sparse.csr_matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = []
+
+    def fail(tokens: torch.Tensor) -> torch.Tensor:
+        labelled.append(tokens)
+        raise RuntimeError("no memory")
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(model.encoder, "forward", fail)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            predict(model, counts, 1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert len(labelled) < counts.shape[0]
+
+
 def test_a_cell_without_counts_is_predicted_without_nan(model: CellClassifier) -> None:
     empty = sparse.csr_matrix((2, len(GENES)), dtype=np.float32)
     assert np.isfinite(predict(model, empty, 2).probabilities).all()
