@@ -11,9 +11,9 @@ expressed genes a cell) these take turns, on one thread, measured in CPU seconds
   where the CPU has it.
 - `expressed`: the same shape on expressed genes only (another model, trained so).
 
-Then cells per CPU second of the quickstart's shape (2 blocks × 64, 2,000 genes), and cells per second
-on all cores. Each ratio is the median over rounds of what was measured in the same round. Ends with a
-line of JSON.
+Then cells per CPU second of the quickstart's shape (2 blocks × 64, 2,000 genes), and cells per
+second on all cores. Each ratio is the median over rounds of what was measured in the same round.
+Ends with a line of JSON.
 """
 
 import argparse
