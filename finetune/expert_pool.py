@@ -127,8 +127,6 @@ def fit_pool(
         raise ValueError("labels hold fewer than two cell types; experts need two")
     rates = counts_per_10k(counts)
     genes = variable_genes(rates, max(EXPERTS[name].num_genes for name in experts))
-    if len(genes) <= NUM_GENES and len(experts) > 1:  # the wide one would be another's double
-        experts = [name for name in experts if name != "wide"]
     folds = stratified_folds(labels, NUM_FOLDS, seed)
     tuned = {}
     for name in experts:

@@ -192,7 +192,8 @@ EXPERTS: Final[Mapping[str, Expert]] = {
 FEW_CELL_EXPERTS: Final = ("regression", "wide", "discriminant")
 """Experts to pool with few cells. With 10 cells of each type they are together ahead of regression
 alone, within data sets as across; discriminants of the square root, and correlations, helped within
-data sets and lost up to 26 points of accuracy across them."""
+data sets and lost up to 26 points of accuracy across them. Where there are few genes, the wide
+one is regression again, whose two votes against one the discriminant needs."""
 MANY_CELL_EXPERTS: Final = ("regression", "thinned")
 """Experts to pool with many: those of class means are worse across data sets, thinned copies of few
 cells are worse within one."""
