@@ -24,7 +24,15 @@ from datastore.scanning import go_without, scan_sources, wants_processes
 from datastore.sources import BrokenSource, BrokenSources, Source
 from datastore.store import RECORDS, CellStore, open_store
 from datastore.store_writing import write_manifest
-from datastore.work_folder import APPENDING, DECODED, clear, has_plan, locked, start_or_continue
+from datastore.work_folder import (
+    APPENDING,
+    DECODED,
+    clear,
+    has_plan,
+    locked,
+    output_folder,
+    start_or_continue,
+)
 from datastore.workers import Compute, workers
 
 
@@ -36,7 +44,7 @@ def append_store(config: StoreConfig) -> CellStore:
         FileNotFoundError: If there is no store at the output.
         OSError: If the disk is too small; what is finished is kept.
     """
-    output = Path(config.output).absolute()
+    output = output_folder(config)
     open_store(output)  # before anything is made beside it
     with locked(output, APPENDING) as work, workers(config, wants_processes(config)) as compute:
         store = open_store(output)

@@ -22,7 +22,7 @@ from datastore.array_workers import leading, work_for_leader
 from datastore.config import StoreConfig
 from datastore.manifest import list_sources
 from datastore.store import CellStore, write_json
-from datastore.work_folder import locks
+from datastore.work_folder import locks, output_folder
 from datastore.worker_config import ArrayConfig
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def ingest_in_array(
         OSError: If the disk is too small; what is finished is kept.
     """
     _refuse_idle_tasks(config)
-    folder = Path(f"{Path(config.output).absolute()}.array")
+    folder = Path(f"{output_folder(config)}.array")
     number = config.workers or os.cpu_count() or 1
     while True:
         folder.mkdir(parents=True, exist_ok=True)

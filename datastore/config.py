@@ -1,11 +1,18 @@
 """Knobs of the cell store: how expression becomes tokens, how a store is built, how it is read."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from datastore.worker_config import ArrayConfig, SlurmConfig
 
 Codec = Literal["fast", "archive"]
+_OWN_NAMES: Final = ("source", "source_row", "_index", "zarr.json", ".", "..")
+
+
+def may_be_column(name: str) -> bool:
+    """Tell whether a column of obs may have this name: it becomes a folder in the store."""
+    short = 0 < len(name.encode("utf-8", "replace")) <= 200
+    return short and name not in _OWN_NAMES and "/" not in name and name.isprintable()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +140,10 @@ class StoreConfig:
         if not self.sources:
             raise ValueError("sources is empty; name at least one raw file")
         for name in self.obs_columns:
-            if name in ("source", "source_row") or self.obs_columns.count(name) > 1:
+            if not may_be_column(name) or self.obs_columns.count(name) > 1:
                 raise ValueError(
-                    f"obs_columns has {name!r} twice, or as the store's own; remove it"
+                    f"obs_columns has {name!r}: twice, the store's own, or no name for a folder; "
+                    "remove or rename it"
                 )
         if self.min_genes < 1:
             raise ValueError(f"min_genes is {self.min_genes}; give 1 or more")

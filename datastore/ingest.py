@@ -34,6 +34,7 @@ from datastore.work_folder import (
     has_plan,
     is_whole,
     locked,
+    output_folder,
     set_whole,
     start_or_continue,
 )
@@ -48,7 +49,7 @@ def build_store(config: StoreConfig) -> CellStore:
         FileExistsError: If a store stands at the output and `overwrite` is off.
         OSError: If the disk is too small; what is finished is kept.
     """
-    output = Path(config.output).absolute()  # a cluster's workers may stand in another folder
+    output = output_folder(config)
     with locked(output, BUILDING) as work, workers(config, wants_processes(config)) as compute:
         _restore_former(output)
         if not is_whole(work):

@@ -6,13 +6,16 @@ one, too: its rows label the files `SRA…_SRS….sparse.RData` that stand besid
 Files are only read; a path from a table is taken as it is and never becomes part of an output's.
 """
 
+import csv
 import glob
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from datastore.config import may_be_column
 from datastore.recognition import (
     CELL_FILE_SUFFIX,
     TABLE_SUFFIX,
@@ -21,7 +24,6 @@ from datastore.recognition import (
 )
 from datastore.text_tables import open_text, table_rows
 
-RESERVED_COLUMNS: Final = ("source", "source_row")
 _MISSING: Final = ("", "NA", "nan", r"\N")
 _SUFFIXES: Final = re.compile(
     r"(\.sparse)?\.(h5ad|h5|zarr|loom|rdata|rda|csv|tsv|txt)(\.gz)?$", re.IGNORECASE
@@ -125,17 +127,13 @@ def _first_row(path: Path) -> str | None:
 
 
 def _read_manifest(table: Path) -> list[ListedSource]:
-    try:
-        with open_text(table) as file:
-            header, *rows = [row for row in table_rows(file) if row]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not text in UTF-8; write it anew as such") from error
+    header, *rows = [row for row in _rows_of(table) if row]
     names = [name.strip() for name in header]
     for name in names:
-        if name in RESERVED_COLUMNS or not name or names.count(name) > 1:
+        if not may_be_column(name) or names.count(name) > 1:
             raise ValueError(
-                f"{table} has a column {name!r}: empty, twice, or a name that the store uses; "
-                "rename it"
+                f"{table} has a column {name!r}: empty, twice, a name that the store uses, or no "
+                "name for a folder; rename it"
             )
     sources: dict[Path, ListedSource] = {}
     for number, row in enumerate(rows, 2):
@@ -157,19 +155,28 @@ def _read_manifest(table: Path) -> list[ListedSource]:
     return list(sources.values())
 
 
+def _rows_of(table: Path) -> list[list[str]]:
+    try:
+        with open_text(table) as file:
+            return list(table_rows(file))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{table} is cut short, damaged or not text in UTF-8 ({error}); write it anew"
+        ) from error
+
+
 def _label_panglao(table: Path, listed: dict[Path, ListedSource]) -> None:
     """Give the files that PanglaoDB's sample table knows by name their labels."""
     labels: dict[str, tuple[tuple[str, str], ...]] = {}
-    with open_text(table) as file:
-        for row in table_rows(file):
-            if len(row) <= max(_PANGLAO_COLUMNS.values()):
-                raise ValueError(f"{table} has a row of {len(row)} fields instead of 12: {row[:2]}")
-            sample = row[0] if row[1] == "notused" else f"{row[0]}_{row[1]}"
-            labels[sample] = tuple(
-                (name, row[place])
-                for name, place in _PANGLAO_COLUMNS.items()
-                if row[place] not in _MISSING
-            )
+    for row in _rows_of(table):
+        if len(row) <= max(_PANGLAO_COLUMNS.values()):
+            raise ValueError(f"{table} has a row of {len(row)} fields instead of 12: {row[:2]}")
+        sample = row[0] if row[1] == "notused" else f"{row[0]}_{row[1]}"
+        labels[sample] = tuple(
+            (name, row[place])
+            for name, place in _PANGLAO_COLUMNS.items()
+            if row[place] not in _MISSING
+        )
     found = [source for source in listed.values() if source.source_name in labels]
     if not found:
         raise ValueError(

@@ -1,8 +1,10 @@
 """Looking at all sources before anything is written, and going on without the broken ones."""
 
+import json
 import logging
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,13 +15,14 @@ from datastore.config import StoreConfig
 from datastore.genes import read_panel
 from datastore.manifest import ListedSource, list_sources
 from datastore.raw_cells import ReadOptions
+from datastore.recognition import TABLE_SUFFIX
 from datastore.sources import BrokenSource, BrokenSources, Source, open_source, scan_listed
 from datastore.workers import Compute
 
 log = logging.getLogger(__name__)
 
 _SCANNED_AT_ONCE: Final = 128
-"""Sources whose gene names come together; equal ones are kept once before more come."""
+"""Sources whose gene names come together, packed; they are unpacked before more come."""
 _FIRST_CELLS: Final = 512
 """Cells of each source that are looked at before any work is begun."""
 _LARGE_BYTES: Final = 64 * 10**6
@@ -52,12 +55,15 @@ def scan_sources(
         shutil.rmtree(decoded, ignore_errors=True)  # what a killed ingest has left
     sources: list[Source] = []
     broken: list[BrokenSource] = []
-    for start in range(0, len(listed), _SCANNED_AT_ONCE):
-        some = listed[start : start + _SCANNED_AT_ONCE]
-        results = compute("scan", [(_scan_one, source, options, decoded) for source in some])
-        found = [result for result in results if isinstance(result, Source)]
-        sources = _with_shared_names([*sources, *found])
-        broken += [result for result in results if isinstance(result, BrokenSource)]
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    tasks = [(_scan_one, source, _options_for(source, options), decoded) for source in listed]
+    for start in range(0, len(tasks), _SCANNED_AT_ONCE):
+        for result in compute("scan", tasks[start : start + _SCANNED_AT_ONCE]):
+            if isinstance(result, BrokenSource):
+                broken.append(result)
+            else:
+                source, packed = result
+                sources.append(_with_names(source, packed, known))
     left_out: list[BrokenSource] = []
     if broken:
         sources, left_out = go_without(BrokenSources(broken), sources, left_out, config)
@@ -118,14 +124,21 @@ def usable(results: Sequence[Any]) -> list[Any]:
     return list(results)
 
 
+def _options_for(listed: ListedSource, options: ReadOptions) -> ReadOptions:
+    """Leave the panel's names out where no table is to be told by them: they are long."""
+    if TABLE_SUFFIX.search(listed.path.name):
+        return options
+    return replace(options, known_genes=frozenset())
+
+
 def _scan_one(
     listed: ListedSource, options: ReadOptions, decoded: Path | None
-) -> Source | BrokenSource:
+) -> tuple[Source, bytes] | BrokenSource:
+    """Scan a source; its gene names come apart from it and packed."""
     try:
         source = scan_listed(listed, options, decoded)
         _look_at_first_cells(source)
-        # Thousands of sources name the same genes: one text of each is enough.
-        return replace(source, genes=tuple(map(sys.intern, source.genes)))
+        return replace(source, genes=()), zlib.compress(json.dumps(source.genes).encode(), 1)
     except OSError as error:
         text = f"{listed.path}: {error.strerror}" if error.strerror else str(error)
         return BrokenSource(str(listed.path), text)
@@ -141,16 +154,15 @@ def _look_at_first_cells(source: Source) -> None:
         cells.counts(0, min(source.num_cells, _FIRST_CELLS))
 
 
-def _with_shared_names(sources: Sequence[Source]) -> list[Source]:
-    """Let sources of equal genes share them, also if they were scanned in other processes."""
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    shared = []
-    for source in sources:
-        if source.genes not in known:
-            genes = tuple(map(sys.intern, source.genes))
-            known[genes] = genes
-        shared.append(replace(source, genes=known[source.genes]))
-    return shared
+def _with_names(
+    source: Source, packed: bytes, known: dict[tuple[str, ...], tuple[str, ...]]
+) -> Source:
+    """Unpack a source's gene names.
+
+    Thousands of sources name the same genes, and many have the same list: each is kept once.
+    """
+    names = tuple(map(sys.intern, json.loads(zlib.decompress(packed))))
+    return replace(source, genes=known.setdefault(names, names))
 
 
 def _refuse_repeats(sources: Sequence[Source]) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from datastore.config import StoreConfig
 from datastore.plan import Plan
 from datastore.store import StoreFormatError, write_json
 
@@ -34,6 +35,15 @@ _SPOOL_BYTES: Final = 4  # per count
 _STORE_BYTES: Final = {"fast": 2.2, "archive": 1.6}  # per count; measured: 1.9 and 1.4
 _BYTES_PER_CELL: Final = 200  # name, place, hash and row
 _SECOND: Final = "another ingest is writing {}; wait for it, or choose another output"
+
+
+def output_folder(config: StoreConfig) -> Path:
+    """Where a store is, or will be; of a link what it leads to, for a rename would replace it.
+
+    Absolute: a cluster's workers may stand in another folder.
+    """
+    output = Path(config.output).absolute()
+    return output.resolve() if output.is_symlink() else output
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from datastore.duplicates import dropped_places
-from datastore.genes import GenePanel
+from datastore.genes import GenePanel, read_panel, write_panel
 from datastore.packing import (
     Packed,
     PackedCells,
@@ -30,6 +30,8 @@ from datastore.work_folder import unfinished
 from datastore.workers import Compute
 
 _CELLS_AT_ONCE: Final = 512
+_PANEL: Final = "places/panel.txt"
+"""Where tasks find the panel, in the folder of the ingest."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def write_partitions(
         columns: Columns of obs besides source and row.
         compute: Where tasks run.
     """
+    write_panel(panel, work / _PANEL)  # once, and not with each of thousands of tasks
     sizes = ArraySizes(
         cells_per_chunk=plan.config.cells_per_chunk,
         cells_per_shard=plan.config.cells_per_shard,
@@ -61,7 +64,7 @@ def write_partitions(
     return compute(
         "write",
         [
-            (_write_part, work, number, start, stop, panel, list(columns), sizes)
+            (_write_part, work, number, start, stop, list(columns), sizes)
             for number, (start, stop) in enumerate(pairwise(plan.edges))
         ],
     )
@@ -82,7 +85,6 @@ def _write_part(
     number: int,
     start: int,
     stop: int,
-    panel: GenePanel,
     columns: Sequence[str],
     sizes: ArraySizes,
 ) -> WrittenPart:
@@ -104,7 +106,7 @@ def _write_part(
             _pieces(packed, gathered),
             max(highest_count(cells) for cells in packed),
             _obs(blocks, gathered, columns),
-            panel,
+            read_panel(work / _PANEL),
             sizes,
         )
         shutil.rmtree(target, ignore_errors=True)  # of an ingest that was killed just here

@@ -639,6 +639,18 @@ def test_a_store_is_replaced_only_when_asked_and_when_the_new_one_is_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
 
 
+def test_a_store_behind_a_link_is_replaced_and_the_link_stays(
+    tmp_path: Path, sources: list[str]
+) -> None:
+    link = tmp_path / "link.zarr"
+    link.symlink_to(tmp_path / "s.zarr")
+    for seed in range(3):
+        build_store(store_config(sources, link, seed=seed, overwrite=True))
+        assert link.is_symlink()
+        assert open_store(tmp_path / "s.zarr").header.seed == seed
+        assert {path.name for path in tmp_path.iterdir()} == {"link.zarr", "s.zarr"}
+
+
 def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path, sources: list[str]) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -687,7 +699,7 @@ def test_the_plan_is_plain_text_while_an_ingest_is_stopped(
     [
         pytest.param({"sources": []}, "sources is empty", id="no sources"),
         pytest.param({"obs_columns": ["source"]}, "obs_columns has 'source'", id="own column"),
-        pytest.param({"obs_columns": ["a", "a"]}, "obs_columns has 'a' twice", id="column twice"),
+        pytest.param({"obs_columns": ["a", "a"]}, "obs_columns has 'a': twice", id="column twice"),
         pytest.param({"min_genes": 0}, "min_genes is 0", id="no gene"),
         pytest.param({"workers": 0}, "workers is 0", id="no workers"),
         pytest.param({"cells_per_slice": 0}, r"cells_per_\* must all be 1", id="empty slices"),

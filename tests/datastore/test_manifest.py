@@ -122,6 +122,11 @@ def test_panglaodbs_table_labels_the_files_beside_it(tmp_path: Path) -> None:
     ("text", "message"),
     [
         pytest.param("path,source\na.h5ad,x\n", "has a column 'source'", id="reserved"),
+        pytest.param("path,_index\na.h5ad,x\n", "has a column '_index'", id="zarr's"),
+        pytest.param("path,a/b\na.h5ad,x\n", "has a column 'a/b': .* no name for", id="slash"),
+        pytest.param("path,..\na.h5ad,x\n", r"has a column '\.\.'", id="folder above"),
+        pytest.param(f"path,{'x' * 300}\na.h5ad,x\n", "has a column 'xxx", id="long"),
+        pytest.param(f"path,x\na.h5ad,{'b' * 2**18}\n", "is cut short, damaged or", id="field"),
         pytest.param("path,x,x\na.h5ad,1,2\n", "has a column 'x': empty, twice", id="twice"),
         pytest.param("path,\na.h5ad,1\n", "has a column ''", id="nameless"),
         pytest.param("path,x\na.h5ad\n", "row 2 has 1 fields instead of 2", id="short row"),
@@ -135,3 +140,9 @@ def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) ->
     with pytest.raises(ValueError, match=message) as refusal:
         list_sources([str(tmp_path / "samples.csv")])
     assert "samples.csv" in str(refusal.value)
+
+
+def test_a_cut_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "samples.csv.gz").write_bytes(gzip.compress(b"path,x\na.h5ad,1\n")[:-9])
+    with pytest.raises(ValueError, match=r"samples\.csv\.gz is cut short, damaged or not text"):
+        list_sources([str(tmp_path / "samples.csv.gz")])

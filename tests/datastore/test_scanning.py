@@ -1,9 +1,11 @@
 """Scanned sources come in a fixed order and share the names of their genes."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datastore.config import PanelConfig
 from datastore.scanning import scan_sources
 from tests.support.cells import gene_names, random_cells, store_config, write_sources
 
@@ -34,3 +36,26 @@ def test_sources_come_by_digest_and_each_name_is_kept_once(tmp_path: Path) -> No
     }
     assert found["a"].genes is found["c"].genes
     assert len({id(name) for source in found.values() for name in source.genes}) == 20
+
+
+def test_what_goes_to_workers_and_back_is_short(tmp_path: Path) -> None:
+    """Thousands of sources with long lists of genes would fill the process that leads."""
+    genes = [f"GENE{place:05d}" for place in range(20_000)]
+    (tmp_path / "panel.txt").write_text("\n".join(genes) + "\n")
+    (path,) = write_sources(tmp_path, [random_cells("a", 0, 3, genes)])
+    config = store_config(
+        [path], tmp_path / "s.zarr", panel=PanelConfig(file=str(tmp_path / "panel.txt"))
+    )
+    sent: list[int] = []
+    came: list[int] = []
+
+    def noting(title: str, tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+        sent.extend(len(pickle.dumps(task)) for task in tasks)
+        results = one_by_one(title, tasks)
+        came.extend(len(pickle.dumps(result)) for result in results)
+        return results
+
+    (source,), _ = scan_sources(config, noting)
+    assert source.genes == tuple(genes)
+    assert max(sent) < 2_000
+    assert max(came) < 5 * len(genes)  # as they are, the names take 12 bytes each
