@@ -112,7 +112,9 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
         elif is_source_folder(child):
             yield child
         else:
-            yield from _walk(child, seen)
+            found = list(_walk(child, seen))
+            # A folder x.h5ad with nothing in it promised a source, too.
+            yield from found or ([child] if _SUFFIXES.search(child.name) else [])
 
 
 def _first_row(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -137,7 +137,7 @@ def run(function: Callable[[], int | None]) -> int:
         logging.getLogger(__name__).debug("refused", exc_info=True)
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{prefix}: {_sentence(error)}", file=sys.stderr)
+        print(_printable(f"{prefix}: {_sentence(error)}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -214,9 +214,13 @@ def _sentence(error: Exception) -> str:
 
 def echo(text: str = "") -> None:
     """Print a result line for the person at the terminal (libraries only log)."""
-    # A file's name may be what the terminal's encoding does not have.
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    print(_printable(text, sys.stdout), flush=True)
+
+
+def _printable(text: str, stream: TextIO) -> str:
+    """Spell out what a stream's encoding does not have, as a file's name may."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def echo_json(facts: Any) -> None:

@@ -192,10 +192,10 @@ def _write_all_kinds_of_bad(folder: Path) -> dict[str, str]:
 def test_every_kind_of_bad_source_is_named_and_the_rest_is_stored(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw, empty, store = tmp_path / "raw", tmp_path / "empty", tmp_path / "cells.zarr"
+    raw, empty, store = tmp_path / "raw", tmp_path / "nothing", tmp_path / "cells.zarr"
     raw.mkdir()
     empty.mkdir()
-    reasons = {**_write_all_kinds_of_bad(raw), "empty": "is a folder"}
+    reasons = {**_write_all_kinds_of_bad(raw), "nothing": "is a folder"}
     flags = ["--min_genes", "1", "--output", str(store)]
     flags += ["--sources", f"{folder}/good.h5ad", str(raw), str(empty)]
     panel = ["--panel.file", f"{folder}/panel.txt"]
@@ -214,14 +214,14 @@ def test_every_kind_of_bad_source_is_named_and_the_rest_is_stored(
             assert reason in line, line
         assert verify_store(store) == []
     assert [line["name"] for line in open_store(store).header.sources] == ["good", "more"]
-    assert open_store(store).num_cells == 20 + 11
+    assert open_store(store).num_cells == 90 + 11
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         pytest.param('"schema_version": 1', '"schema_version": 2', "schema version 2", id="newer"),
-        pytest.param('"files"', '"fi', "manifest.json is damaged", id="other keys"),
+        pytest.param('"files"', '"parts"', "manifest.json is damaged", id="other keys"),
         pytest.param("{", "", "manifest.json cannot be read: it is cut short", id="no JSON"),
     ],
 )
