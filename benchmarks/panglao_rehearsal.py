@@ -2,7 +2,7 @@
 
     python benchmarks/panglao_rehearsal.py --quick     # minutes: a fifth of the files
     python benchmarks/panglao_rehearsal.py             # ten minutes: a tenth
-    python benchmarks/panglao_rehearsal.py --scale 1   # all 1.13 million cells
+    python benchmarks/panglao_rehearsal.py --scale 1   # all 1.13 million cells: half an hour
 
 Makes 209 samples of unequal size and some broken files (`panglao_corpus`), ingests all of them
 with two Dask workers, verifies the store, appends ten samples, and reads an epoch as two ranks.
