@@ -100,7 +100,8 @@ def go_without(
     if not config.skip_broken:
         raise ValueError(f"{found}; --skip_broken true goes on without what is broken") from found
     for source in found.sources:
-        log.warning("left out: %s", source.reason)
+        # A name that is not UTF-8 must not break whatever writes the log.
+        log.warning("left out: %s", source.reason.encode(errors="backslashreplace").decode())
     return remaining, [*left_out, *found.sources]
 
 
