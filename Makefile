@@ -3,7 +3,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-BENCH_MODULES := benchmarks/annotation_document.py benchmarks/cells.py benchmarks/environments.py benchmarks/panglao_corpus.py benchmarks/turns.py benchmarks/scaling_document.py benchmarks/pretraining_document.py benchmarks/pretraining_run.py benchmarks/pretraining_trials.py benchmarks/scaling_memory.py benchmarks/scaling_store.py
+BENCH_MODULES := benchmarks/annotation_document.py benchmarks/page_tables.py benchmarks/cells.py benchmarks/environments.py benchmarks/panglao_corpus.py benchmarks/turns.py benchmarks/scaling_document.py benchmarks/pretraining_document.py benchmarks/pretraining_run.py benchmarks/pretraining_trials.py benchmarks/scaling_memory.py benchmarks/scaling_store.py
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHON TORCH
 

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import anndata
 
 from benchmarks.annotation_document import write_document
+from benchmarks.page_tables import split_page
 from finetune.benchmark_config import METHODS, BenchmarkConfig
 from finetune.config import FinetuneConfig, FreshConfig, HeadConfig, LabelledConfig
 from finetune.dataset import stratified_split
@@ -164,7 +165,14 @@ def main() -> None:
     parser.add_argument("--document", type=Path, help="Markdown page whose tables are rewritten")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    paths = dict(word.split("=", 1) for word in options.data)
+    paths = paths_of(options.data, parser)
+    if options.document:
+        try:
+            split_page(options.document)  # before hours of work
+        except ValueError as problem:
+            parser.error(str(problem))
+    if unknown := sorted(set((options.methods or METHODS[0]).split(",")) - set(METHODS)):
+        parser.error(f"--methods has {unknown[0]!r}; there are {', '.join(METHODS)}")
     suite = [entry for entry in SUITE if options.only in entry.title]
     if options.quick:
         suite = [Entry("baron, few-shot, 10 cells of each type", "baron", FEW)]
@@ -189,6 +197,22 @@ def main() -> None:
         order = {entry.title: place for place, entry in enumerate(SUITE)}
         write_document(dict(sorted(figures.items(), key=lambda of: order[of[0]])), options.document)
     print(json.dumps(line))
+
+
+def paths_of(words: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """File by the name of its data set; what is not there is refused."""
+    names = {name for entry in SUITE for name in (entry.data, entry.query or entry.data)}
+    paths = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if name not in names or not path:
+            parser.error(
+                f"--data has {word!r}; give NAME=PATH, a NAME of {', '.join(sorted(names))}"
+            )
+        if not Path(path).is_file():
+            parser.error(f"--data: no such file: {path}")
+        paths[name] = path
+    return paths
 
 
 def line_of(figures: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-BEGIN: Final = "<!-- tables -->"
-END: Final = "<!-- end of tables -->"
+from benchmarks.page_tables import write_tables
+
 OURS: Final = "ours"
 REGRESSION: Final = "logistic regression"
 UNKNOWN: Final = "one type unknown"
@@ -18,20 +18,12 @@ LEAST_AUROC: Final = {("baron", "alpha"): 0.95, ("baron", "ductal"): 0.95, ("pbm
 
 
 def write_document(figures: Facts, path: Path) -> None:
-    """Replace what stands between the two marks of a page.
-
-    Raises:
-        ValueError: If the page has no such marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r}; add them where tables belong")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    """Replace the tables of a page; errors as `page_tables.split_page`."""
     parts = ["## Bars\n\n" + bars(figures), "## Overview\n\n" + overview(figures)]
     for title, facts in figures.items():
         cells = f"At most {facts['cells']:,} cells.\n\n" if facts.get("cells") else ""
         parts.append(f"## {title}\n\n{cells}{facts['table']}\n\n{facts['verdict']}")
-    path.write_text("\n\n".join([head + BEGIN, *parts, END + tail]), encoding="utf-8")
+    write_tables(path, parts)
 
 
 def points_ahead(facts: Facts, key: str) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-BEGIN: Final = "<!-- tables -->"
-END: Final = "<!-- end of tables -->"
+from benchmarks.page_tables import write_tables
+
 Facts = dict[str, Any]
 FROZEN: Final = ("logistic regression", "probe, fresh", "probe, vectors", "probe, pretrained")
 FROZEN_PAIRS: Final = (
@@ -24,15 +24,7 @@ TUNED_PAIRS: Final = (
 
 
 def write_document(result: Facts, path: Path) -> None:
-    """Replace what stands between the two marks of a page.
-
-    Raises:
-        ValueError: If the page has no such marks.
-    """
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r}; add them where tables belong")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    """Replace the tables of a page; errors as `page_tables.split_page`."""
     frozen, trained = (grouped(result["figures"][kind]) for kind in ("frozen", "trained"))
     parts = []
     for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
@@ -43,7 +35,7 @@ def write_document(result: Facts, path: Path) -> None:
             )
     counted = [words(frozen, FROZEN_PAIRS), words(trained, TUNED_PAIRS)]
     parts.append("### In words\n\n" + "\n".join(line for line in counted if line))
-    path.write_text("\n\n".join([head + BEGIN, *parts, END + tail]), encoding="utf-8")
+    write_tables(path, parts)
 
 
 def grouped(settings: Facts) -> Facts:

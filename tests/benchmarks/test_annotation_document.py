@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.annotation_document import BEGIN, END, auroc, bars, overview, write_document
+from benchmarks.annotation_document import auroc, bars, overview, write_document
+from benchmarks.page_tables import BEGIN, END
 
 TRIALS = """
 | trial | method | AUROC | novel found | known kept |

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import sparse
 
-from benchmarks.pretraining_document import BEGIN, END, write_document, write_figure
+from benchmarks.page_tables import BEGIN, END
+from benchmarks.pretraining_document import write_document, write_figure
 from benchmarks.pretraining_run import curve_of
 from benchmarks.pretraining_trials import MOST, Cells, embed, frozen_trials, split
 from benchmarks.pretraining_worth import differences, rows_of, summary, write_whole

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.cluster import Cluster, missing, start_cluster
 from tests.support.cluster_training import command, losses, settings
+from tests.support.slurm import Slurm, start_slurm
+from tests.support.slurm import missing as missing_slurm
 from tests.support.tiny import tiny_store
 
 
@@ -29,3 +31,11 @@ def undisturbed(cluster: Cluster) -> dict[int, float]:
     assert code == 0, text
     assert re.search(r"export: .*undisturbed/export", text)
     return losses(cluster, "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A Slurm of two nodes."""
+    assert not missing_slurm(), f"these tests start Slurm: {missing_slurm()}"
+    with start_slurm(tmp_path_factory.mktemp("slurm") / "cluster", 2) as running:
+        yield running

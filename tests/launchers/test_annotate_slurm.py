@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -19,16 +18,9 @@ from finetune.annotation_config import AnnotateConfig
 from launchers import annotate as launcher
 from tests.support.documents import ROOT, inline_code, shown
 from tests.support.labelled import write_classifier, write_labelled
-from tests.support.slurm import Slurm, missing, start_slurm
+from tests.support.slurm import Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    assert not missing(), f"these tests start Slurm: {missing()}"
-    with start_slurm(tmp_path_factory.mktemp("slurm") / "cluster", 2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,9 @@ from tests.support.cells import (
     write_sources,
 )
 from tests.support.documents import ROOT, inline_code, shown
-from tests.support.slurm import Slurm, missing, start_slurm
+from tests.support.slurm import Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    assert not missing(), f"these tests start Slurm: {missing()}"
-    with start_slurm(tmp_path_factory.mktemp("slurm") / "cluster", 2) as running:
-        yield running
 
 
 @pytest.fixture
