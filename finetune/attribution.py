@@ -26,7 +26,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from finetune.classifier import CellClassifier, dense_rates, token_batches
-from finetune.expression import SCALES
+from finetune.expression import on_scale
 from pretrain.favor import EPSILON
 
 VIEWS: Final = ("attention", "gradient", "expression", "logit")
@@ -193,5 +193,5 @@ def _linear_part(model: CellClassifier, rates: Tensor, codes: Tensor) -> Tensor:
     seen = rates[:, experts.genes]
     for scale, weight in zip(experts.scales, experts.weight, strict=True):
         own = weight[codes] - weight.mean(dim=0)  # (B, K)
-        part[:, experts.genes] += SCALES[scale](seen) * own
+        part[:, experts.genes] += on_scale(seen, scale, experts.compared) * own
     return part

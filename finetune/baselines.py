@@ -209,7 +209,7 @@ def regression_of(
 ) -> BaselineResult:
     """Score the logistic regression that is a pool's expert: the same fit as the baseline's."""
     expert = pool.tuned["regression"]
-    logits = expert.map(scaled(counts_per_10k(test[0]), pool.genes, "log"))
+    logits = pool.logits_of(expert.map, counts_per_10k(test[0]), "log")
     names = [pool.classes[code] for code in logits.argmax(axis=1)]
     setting = f"{len(pool.variable):,} variable genes, C = {expert.value:g} by cross-validation"
     scores = score(list(test[1]), names, classes)

@@ -24,6 +24,8 @@ from pretrain.export import Export, read_export, write_export
 
 MOST_WORKERS: Final = 8
 """Batches labelled at a time, at most: each takes memory for its activations."""
+LATER: Final = {"correction", "temperature", "expression.compared"}
+"""Weights that older exports lack; what a new model starts with is what these had."""
 Part = TypeVar("Part", bound=tuple[Tensor, ...])
 
 
@@ -230,9 +232,8 @@ def load_classifier(folder: str | Path) -> tuple[CellClassifier, Export]:
             f"{export.path}: the head's weights do not fit its {len(labels)} labels: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from error
-    # Exports of before there were these two had neither.
     needed = [name for name in missing if not name.startswith("encoder.")]
-    if lost := sorted({*needed, *unknown} - {"correction", "temperature"}):
+    if lost := sorted({*needed, *unknown} - LATER):
         raise ValueError(f"{export.path}: the weights {lost[0]} (and maybe others) do not fit")
     return model.eval(), export
 

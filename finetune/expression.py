@@ -19,6 +19,8 @@ NUM_MEAN_GROUPS: Final = 20
 
 MIN_CELLS_PER_GENE: Final = 3
 """A gene expressed in fewer training cells is never called variable."""
+DENSE_CELLS: Final = 4_096
+"""Cells whose expression is made dense at a time."""
 
 
 def counts_per_10k(counts: sp.csr_matrix) -> sp.csr_matrix:
@@ -85,7 +87,28 @@ WITHIN_CELLS: Final = ("standardised", "unit")
 """Scales on which a gene's value depends on the cell's other genes."""
 
 
+def on_scale(rates: Tensor, scale: str, compared: Tensor) -> Tensor:
+    """Bring counts per 10,000, (B, K), to a scale, (B, K).
+
+    Where a cell's genes are compared with each other, they are those of `compared`, (K,), bool; the
+    others become 0.
+    """
+    if scale not in WITHIN_CELLS:
+        return SCALES[scale](rates)
+    values = torch.zeros_like(rates)
+    values[:, compared] = SCALES[scale](rates[:, compared])
+    return values
+
+
 def scaled(rates: sp.csr_matrix, genes: NDArray[np.int64], scale: str) -> NDArray[np.float32]:
     """Return some genes' expression on a scale, float32 of shape (N, K)."""
     dense = torch.from_numpy(np.ascontiguousarray(rates[:, genes].toarray(), np.float32))
     return np.asarray(SCALES[scale](dense).numpy())
+
+
+def sparsely_scaled(rates: sp.csr_matrix, genes: NDArray[np.int64], scale: str) -> sp.csr_matrix:
+    """Return what `scaled` does as a CSR matrix; for scales on which no expression is 0."""
+    seen, every = rates[:, genes], np.arange(len(genes))
+    starts = range(0, max(seen.shape[0], 1), DENSE_CELLS)
+    parts = [sp.csr_matrix(scaled(seen[at : at + DENSE_CELLS], every, scale)) for at in starts]
+    return sp.vstack(parts, format="csr")

@@ -4,16 +4,15 @@ A head gives logits (B, C) and a cell embedding (B, bottleneck). `ExpressionLogi
 experts say of the cell's expression, so that the network only has to learn what they cannot say.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune.config import HeadConfig
-from finetune.experts import LinearMap
-from finetune.expression import SCALES
+from finetune.expert_pool import ExpertPool
+from finetune.expression import on_scale
 
 
 class ConvHead(nn.Module):
@@ -108,6 +107,7 @@ class ExpressionLogits(nn.Module):
     """Pooled linear experts on expression: one matrix on each scale, fixed once fitted."""
 
     genes: Tensor
+    compared: Tensor
     weight: Tensor
     bias: Tensor
 
@@ -115,6 +115,7 @@ class ExpressionLogits(nn.Module):
         super().__init__()
         self.scales = tuple(scales)
         self.register_buffer("genes", torch.zeros(num_genes, dtype=torch.long))
+        self.register_buffer("compared", torch.ones(num_genes, dtype=torch.bool))
         self.register_buffer("weight", torch.zeros(len(scales), num_classes, num_genes))
         self.register_buffer("bias", torch.zeros(num_classes))
 
@@ -123,15 +124,16 @@ class ExpressionLogits(nn.Module):
         seen = rates[:, self.genes]
         logits = self.bias.expand(len(rates), -1)
         for scale, weight in zip(self.scales, self.weight, strict=True):
-            logits = logits + SCALES[scale](seen) @ weight.T
+            logits = logits + on_scale(seen, scale, self.compared) @ weight.T
         return logits
 
 
-def expression_logits(genes: NDArray[np.int64], maps: Mapping[str, LinearMap]) -> ExpressionLogits:
-    """Make the module of fitted maps: genes (K,), map by scale."""
-    scales = list(maps)
-    module = ExpressionLogits(len(genes), len(maps[scales[0]].bias), scales)
-    module.genes.copy_(torch.from_numpy(genes))
-    module.weight.copy_(torch.from_numpy(np.stack([maps[scale].weight for scale in scales])))
-    module.bias.copy_(torch.from_numpy(np.sum([maps[scale].bias for scale in scales], axis=0)))
+def expression_logits(pool: ExpertPool) -> ExpressionLogits:
+    """Make the module of a fitted pool."""
+    scales = list(pool.maps)
+    module = ExpressionLogits(len(pool.genes), len(pool.classes), scales)
+    module.genes.copy_(torch.from_numpy(pool.genes))
+    module.compared.copy_(torch.from_numpy(pool.compared))
+    module.weight.copy_(torch.from_numpy(np.stack([pool.maps[scale].weight for scale in scales])))
+    module.bias.copy_(torch.from_numpy(np.sum([pool.maps[s].bias for s in scales], axis=0)))
     return module

@@ -254,7 +254,7 @@ def complete(
     validation = cells.take(held_out)
     own = Inputs(model, validation, config).logits()
     if pool is not None:
-        model.expression = expression_logits(pool.genes, pool.maps).to(model.correction.device)
+        model.expression = expression_logits(pool).to(model.correction.device)
         model.correction.fill_(chosen_correction(own, validation))
     _calibrate(model, cells, held_out, own, pool, config)
 

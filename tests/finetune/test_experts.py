@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
@@ -19,7 +20,8 @@ from finetune.experts import (
     share_outside,
     thinned,
 )
-from finetune.expression import counts_per_10k, scaled
+from finetune.expression import counts_per_10k, scaled, sparsely_scaled
+from finetune.heads import expression_logits
 from tests.support.simulated import simulated_cells
 
 
@@ -90,9 +92,9 @@ def test_share_outside_is_what_least_squares_leaves() -> None:
 
 def test_an_expert_sees_its_own_genes_and_a_pool_all(monkeypatch: pytest.MonkeyPatch) -> None:
     counts, labels = simulated_cells((40, 40, 40))
-    wider = {name: replace(expert, num_genes=40) for name, expert in EXPERTS.items()}
-    wider["wide"] = replace(EXPERTS["wide"], num_genes=60)
-    monkeypatch.setattr("finetune.expert_pool.EXPERTS", wider)
+    for name in FEW_CELL_EXPERTS:
+        num_genes = 60 if name == "wide" else 40
+        monkeypatch.setitem(EXPERTS, name, replace(EXPERTS[name], num_genes=num_genes))
     monkeypatch.setattr("finetune.expert_pool.NUM_GENES", 40)
     pool = fit_pool(counts, labels, seed=0)
     assert set(pool.weights) == set(FEW_CELL_EXPERTS)
@@ -109,8 +111,27 @@ def test_an_expert_sees_its_own_genes_and_a_pool_all(monkeypatch: pytest.MonkeyP
         rtol=1e-4,
         atol=1e-4,
     )
-    with pytest.raises(ValueError, match="correlation compares genes of a cell"):
-        fit_pool(counts, labels, seed=0, experts=["correlation", "wide"])
+
+
+def test_scales_within_cells_compare_the_variable_genes_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, labels = simulated_cells((40, 40, 40))
+    for name, num_genes in (("correlation", 40), ("thinned", 40), ("wide", 60)):
+        monkeypatch.setitem(EXPERTS, name, replace(EXPERTS[name], num_genes=num_genes))
+    monkeypatch.setattr("finetune.expert_pool.NUM_GENES", 40)
+    pool = fit_pool(counts, labels, seed=0, experts=["correlation", "thinned", "wide"])
+    rates = counts_per_10k(counts)
+    expected = np.zeros((len(labels), 3))
+    for name, found in pool.tuned.items():
+        own = pool.genes if name == "wide" else pool.variable
+        weight = found.map.weight[:, np.searchsorted(pool.genes, own)]
+        x = scaled(rates, own, EXPERTS[name].scale)
+        expected += pool.weights[name] * (x @ weight.T + found.map.bias)
+    np.testing.assert_allclose(pool.predict(counts), expected, rtol=1e-3, atol=1e-3)
+    module = expression_logits(pool)
+    dense = torch.from_numpy(rates.toarray())
+    np.testing.assert_allclose(module(dense).numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_regression_is_scikit_learns_for_two_and_more_classes(
@@ -129,8 +150,24 @@ def test_many_cells_are_told_by_regressions_alone(monkeypatch: pytest.MonkeyPatc
     counts, labels = simulated_cells((40, 40))
     monkeypatch.setattr("finetune.expert_pool.MANY_CELLS", 60)
     pool = fit_pool(counts, labels, seed=0)
-    assert set(pool.weights) == {"regression", "thinned"}
+    assert set(pool.weights) == {"regression", "wide", "thinned"}
     assert set(pool.maps) <= {"log", "unit"}
+
+
+def test_sparse_expression_is_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((8, 7))
+    rates = counts_per_10k(counts)
+    genes = np.array([5, 0, 17, 3])
+    monkeypatch.setattr("finetune.expression.DENSE_CELLS", 4)
+    for scale in ("log", "unit"):
+        sparse = sparsely_scaled(rates, genes, scale)
+        np.testing.assert_array_equal(sparse.toarray(), scaled(rates, genes, scale))
+        assert sparse.nnz == (rates[:, genes].toarray() != 0).sum()
+        assert sparsely_scaled(rates[:0], genes, scale).shape == (0, 4)
+    codes = np.unique(labels, return_inverse=True)[1]
+    (dense,) = fit_regression(scaled(rates, genes, "log"), codes, [0.1])
+    (same,) = fit_regression(sparsely_scaled(rates, genes, "log"), codes, [0.1])
+    np.testing.assert_allclose(same.weight, dense.weight, rtol=1e-3, atol=1e-4)
 
 
 def test_thinned_cells_keep_a_share_of_their_counts() -> None:
@@ -207,32 +244,23 @@ def test_the_regression_expert_is_the_baseline() -> None:
     assert f"C = {pool.tuned['regression'].value:g}" in baseline.setting
 
 
-def test_weights_prefer_the_better_expert_with_many_cells_and_stay_equal_with_few() -> None:
-    rng = np.random.default_rng(0)
-
-    def weights(num_cells: int) -> dict[str, float]:
-        codes = rng.integers(0, 3, num_cells)
-        good = (2 * np.eye(3)[codes] + rng.normal(size=(num_cells, 3))).astype(np.float32)
-        noise = rng.normal(size=(num_cells, 3)).astype(np.float32)
-        logits = {"discriminant": good, "correlation": noise}
-        return pool_weights(logits, codes, np.ones(num_cells, bool))
-
-    assert weights(5_000)["correlation"] < 0.1
-    assert abs(weights(6)["correlation"] - 0.5) < 0.1
-
-
 def test_regression_alone_is_taken_when_the_pool_is_significantly_worse() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2, 400)
+    scored = np.ones(400, bool)
     right = (1.2 * np.eye(2)[codes]).astype(np.float32)
-    wrong = right.copy()
-    wrong[:200] = 30 * (0.5 - np.eye(2)[codes[:200]])  # sure, and wrong
-    few = {"regression": right, "correlation": wrong}
-    import finetune.expert_pool as module
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "POOL_PRIOR", 1e9)  # weights stay equal
-        assert pool_weights(few, codes, np.ones(400, bool)) == {"regression": 1, "correlation": 0}
+    def weights(num_wrong: int) -> dict[str, float]:
+        wrong = right.copy()
+        wrong[:num_wrong] = 30 * (0.5 - np.eye(2)[codes[:num_wrong]])  # sure, and wrong
+        return pool_weights({"regression": right, "correlation": wrong}, codes, scored)
+
+    assert weights(200) == {"regression": 1, "correlation": 0}
+    assert weights(5) == {"regression": 1, "correlation": 0}  # 1 of 32 by chance
+    assert weights(4) == {"regression": 0.5, "correlation": 0.5}  # 1 of 16
+    assert pool_weights({"a": right, "b": right}, codes, scored) == {"a": 0.5, "b": 0.5}
+    none = np.zeros(400, bool)
+    assert pool_weights({"regression": right, "b": -right}, codes, none)["b"] == 0.5
 
 
 def test_class_weights_and_temperature_by_hand() -> None:

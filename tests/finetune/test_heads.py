@@ -40,6 +40,6 @@ def test_pooled_head_does_not_see_states_of_absent_genes() -> None:
 def test_experts_as_a_module_give_the_pools_logits() -> None:
     counts, labels = simulated_cells((30, 20, 10))
     pool = fit_pool(counts, labels, seed=0)
-    module = expression_logits(pool.genes, pool.maps)
+    module = expression_logits(pool)
     rates = torch.from_numpy(counts_per_10k(counts).toarray())
     np.testing.assert_allclose(module(rates).numpy(), pool.predict(counts), rtol=1e-3, atol=1e-3)
