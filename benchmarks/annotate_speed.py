@@ -12,8 +12,8 @@ expressed genes a cell) these take turns, on one thread, measured in CPU seconds
 - `expressed`: the same shape on expressed genes only (another model, trained so).
 
 Then cells per CPU second of the quickstart's shape (2 blocks × 64, 2,000 genes), and cells per
-second on all cores. Each ratio is the median over rounds of what was measured in the same round.
-Ends with a line of JSON.
+second on all cores. Freed memory is kept, for all of them, as `launchers/annotate.py` does. Each
+ratio is the median over rounds of what was measured in the same round. Ends with a line of JSON.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from datastore.config import BinningConfig
 from finetune.annotator import auto_batch_size
 from finetune.classifier import CellClassifier, predict
 from finetune.config import HeadConfig
+from pretrain.allocator import keep_freed_memory
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
 from pretrain.products import multiplies_bf16
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     published = PublishedClassifier(FULL, FULL_GENES).eval()

@@ -25,9 +25,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from runs.encoder import CASES, Trainer, draw, fix_allocator, give_memory_back
+from runs.encoder import CASES, Trainer, draw, give_memory_back
 from turns import RUNS, Bar, Ratios, finish, publish, result_of
 
+from pretrain.allocator import keep_freed_memory
 from pretrain.native import missing
 from pretrain.products import multiplies_bf16
 
@@ -54,7 +55,7 @@ Times = dict[str, list[float]]
 
 def main() -> None:
     options = parse()
-    fix_allocator()
+    keep_freed_memory()
     torch.set_num_threads(1)
     length = LENGTHS[1] if options.quick else LENGTHS[-1]
     rounds = options.rounds or (1 if options.quick else 2)

@@ -36,7 +36,9 @@ def _main(argv: list[str] | None) -> None:
     from finetune.annotation import annotate_file
     from finetune.annotation_parts import annotate_store
     from finetune.query import is_store
+    from pretrain.allocator import keep_freed_memory
 
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = annotate_store if is_store(config.input) else annotate_file
     result = run(config, device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datastore.config import BinningConfig
+from pretrain.allocator import keep_freed_memory
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
 from pretrain.favor import Performer
@@ -175,17 +176,8 @@ CASES: dict[str, Callable[[int], Trainer]] = {
 }
 
 
-def fix_allocator() -> None:
-    """Keep freed memory for the next step: page faults would be most of what is measured."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold, large = -1, -3, 1 << 30
-        libc.mallopt(trim_threshold, large)
-        libc.mallopt(mmap_threshold, large)
-
-
 def give_memory_back() -> None:
-    """Undo what `fix_allocator` has kept, before other processes need it."""
+    """Undo what `keep_freed_memory` has kept, before other processes need it."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -270,7 +262,7 @@ def main() -> None:
         print(json.dumps(product_seconds(dtype, int(rest[0]), int(rest[1]), rest[2])))
         return
     if kind == "rank":
-        fix_allocator()
+        keep_freed_memory()
     trainer, batch = CASES[case](int(length)), draw(1, int(length))
     if kind == "memory":
         numbers = peak_memory(trainer, batch)
