@@ -156,7 +156,9 @@ class FinetuneConfig:
     """What learns: the head alone, with it the last Performer block and final norm (scBERT), or
     all."""
     epochs: int = 20
-    """Passes over the training cells at most."""
+    """Passes over the training cells at most, each followed by validation."""
+    epoch_steps: int = 100
+    """An epoch passes over few cells several times, in up to so many optimizer steps."""
     patience: int = 5
     """Stop after this many epochs without a better validation macro-F1."""
     batch_size: int = 16
@@ -183,7 +185,7 @@ class FinetuneConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "batch_size"):
+        for name in ("epochs", "epoch_steps", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.reasons_cells < 0:

@@ -5,6 +5,7 @@ those of the whole batch, and the first rank's scores decide for all.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def fit_network(
     tracker: Tracker,
     folder: Path,
     ranks: Ranks | None = None,
+    groups: Groups | None = None,
 ) -> None:
     """Train until the validation macro-F1 stops rising; leave the best weights in the model.
 
@@ -103,13 +105,14 @@ def fit_network(
         tracker: Gets loss and validation scores of each epoch.
         folder: Keeps the progress; all ranks read it, the first one writes.
         ranks: This process among several; none trains alone.
+        groups: What learns, at which rates; none takes what `config.train` names.
 
     Raises:
         ValueError: If a batch has fewer cells than there are ranks, or ranks see other progress.
     """
     ranks = ranks or alone(next(model.parameters()).device)
     share = Share(ranks)
-    groups = _learning(model, config)
+    groups = groups or _learning(model, config)
     with ranks.failing_together():
         _require_cells(len(train.codes), config, ranks)
     if ranks.world_size > 1:
@@ -118,7 +121,8 @@ def fit_network(
     updates = updates_of(network, groups, config, ranks)
     log.info("%d cells to train on, %d to validate", len(train.codes), len(validation.codes))
     cells, held_out = (Inputs(model, side, config, ranks) for side in (train, validation))
-    progress = _continued(folder, network, updates, _num_steps(train, config), ranks)
+    num_steps = math.prod(_num_steps(len(train.codes), config))
+    progress = _continued(folder, network, updates, num_steps, ranks)
     while progress.epoch < config.epochs and progress.since < config.patience:
         loss = _epoch(updates, cells, config, progress.epoch, share, ranks)
         logits = held_out.logits()
@@ -208,15 +212,16 @@ def _epoch(
     share: Share,
     ranks: Ranks,
 ) -> float:
-    """Pass over the training cells once and return the mean loss."""
+    """Pass over the training cells, as often as an epoch does, and return the mean loss."""
     updates.train()
     codes = torch.from_numpy(cells.cells.codes)
     weights = torch.from_numpy(class_weights(cells.cells.codes, cells.num_classes)).float()
-    steps = _num_steps(cells.cells, config)
+    batches = _order(cells.cells.codes, config, epoch)
+    steps = len(batches)
     loss_sum = 0.0
     # A seed for each epoch: a training that continues drops the same units.
     with seeded(derive_key(config.seed, "dropout", epoch), "epoch"):
-        for step, batch in enumerate(_order(cells.cells.codes, steps, config, epoch)):
+        for step, batch in enumerate(batches):
             rows = share.of(batch)
             logits = updates.forward(*cells.of(rows))
             loss = cell_loss(logits, codes[rows].to(logits.device), weights, config.loss)
@@ -224,7 +229,7 @@ def _epoch(
             # Over all ranks the sum of these parts is the mean of the batch.
             updates.step(loss * (len(rows) / len(batch)), scale)
             loss_sum += float(loss.detach()) * len(rows)
-    return ranks.sum([loss_sum])[0] / len(codes)
+    return ranks.sum([loss_sum])[0] / sum(len(batch) for batch in batches)
 
 
 def cell_loss(logits: Tensor, codes: Tensor, weights: Tensor, config: LossConfig) -> Tensor:
@@ -327,9 +332,10 @@ def _learning(model: CellClassifier, config: FinetuneConfig) -> Groups:
     return [group for group in groups if group["params"]]
 
 
-def _num_steps(cells: Cells, config: FinetuneConfig) -> int:
-    """Optimizer steps of an epoch."""
-    return -(-len(cells.codes) // config.batch_size)
+def _num_steps(num_cells: int, config: FinetuneConfig) -> tuple[int, int]:
+    """Passes of an epoch over the cells, and optimizer steps of each pass."""
+    steps = -(-num_cells // config.batch_size)
+    return max(1, config.epoch_steps // steps), steps
 
 
 def _rate(step: int, total_steps: int) -> float:
@@ -338,17 +344,19 @@ def _rate(step: int, total_steps: int) -> float:
     return learning_rate(step, total_steps, total_steps, shape)
 
 
-def _order(
-    codes: NDArray[np.int64], num_batches: int, config: FinetuneConfig, epoch: int
-) -> list[NDArray[np.int64]]:
+def _order(codes: NDArray[np.int64], config: FinetuneConfig, epoch: int) -> list[NDArray[np.int64]]:
     """Rows of each batch of an epoch, sizes equal to one cell.
 
-    Each cell comes once, or, balanced by sampling, each type as often as any other.
+    In each pass a cell comes once, or, balanced by sampling, each type as often as any other.
     """
     rng = np.random.default_rng(derive_key(config.seed, "finetune", epoch))
-    if config.loss.balance == "sampling":
-        chances = class_weights(codes, codes.max() + 1)[codes]
-        order = rng.choice(len(codes), len(codes), p=chances / chances.sum())
-    else:
-        order = rng.permutation(len(codes))
-    return np.array_split(order, num_batches)
+    passes, num_batches = _num_steps(len(codes), config)
+    batches: list[NDArray[np.int64]] = []
+    for _ in range(passes):
+        if config.loss.balance == "sampling":
+            chances = class_weights(codes, codes.max() + 1)[codes]
+            order = rng.choice(len(codes), len(codes), p=chances / chances.sum())
+        else:
+            order = rng.permutation(len(codes))
+        batches += np.array_split(order, num_batches)
+    return batches

@@ -10,7 +10,14 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from finetune.baselines import logistic_regression
-from finetune.expert_pool import class_weights, fit_pool, pool_weights, temperature
+from finetune.expert_pool import (
+    class_weights,
+    fit_pool,
+    is_worse,
+    rare_bonus,
+    rarity,
+    temperature,
+)
 from finetune.experts import (
     EXPERTS,
     FEW_CELL_EXPERTS,
@@ -122,7 +129,7 @@ def test_scales_within_cells_compare_the_variable_genes_only(
     monkeypatch.setattr("finetune.expert_pool.NUM_GENES", 40)
     pool = fit_pool(counts, labels, seed=0, experts=["correlation", "thinned", "wide"])
     rates = counts_per_10k(counts)
-    expected = np.zeros((len(labels), 3))
+    expected = np.full((len(labels), 3), pool.bonus / 40**2)
     for name, found in pool.tuned.items():
         own = pool.genes if name == "wide" else pool.variable
         weight = found.map.weight[:, np.searchsorted(pool.genes, own)]
@@ -228,10 +235,11 @@ def test_pool_is_the_weighted_mean_of_its_experts() -> None:
     counts, labels = simulated_cells((30, 30))
     pool = fit_pool(counts, labels, seed=0)
     rates = counts_per_10k(counts)
-    expected = sum(
+    parts = [
         pool.weights[name] * found.map(scaled(rates, pool.genes, EXPERTS[name].scale))
         for name, found in pool.tuned.items()
-    )
+    ]
+    expected = np.sum(parts, axis=0) + pool.bonus / 30**2
     np.testing.assert_allclose(pool.predict(counts), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -245,22 +253,66 @@ def test_the_regression_expert_is_the_baseline() -> None:
 
 
 def test_regression_alone_is_taken_when_the_pool_is_significantly_worse() -> None:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 2, 400)
+    codes = np.random.default_rng(0).integers(0, 2, 400)
     scored = np.ones(400, bool)
     right = (1.2 * np.eye(2)[codes]).astype(np.float32)
 
-    def weights(num_wrong: int) -> dict[str, float]:
-        wrong = right.copy()
-        wrong[:num_wrong] = 30 * (0.5 - np.eye(2)[codes[:num_wrong]])  # sure, and wrong
-        return pool_weights({"regression": right, "correlation": wrong}, codes, scored)
+    def judged(num_wrong: int) -> bool:
+        pooled = right.copy()
+        pooled[:num_wrong] = -right[:num_wrong]
+        return is_worse(pooled, right, codes, scored)
 
-    assert weights(200) == {"regression": 1, "correlation": 0}
-    assert weights(5) == {"regression": 1, "correlation": 0}  # 1 of 32 by chance
-    assert weights(4) == {"regression": 0.5, "correlation": 0.5}  # 1 of 16
-    assert pool_weights({"a": right, "b": right}, codes, scored) == {"a": 0.5, "b": 0.5}
-    none = np.zeros(400, bool)
-    assert pool_weights({"regression": right, "b": -right}, codes, none)["b"] == 0.5
+    assert judged(200)
+    assert judged(5)  # 1 of 32 by chance
+    assert not judged(4)  # 1 of 16
+    assert not judged(0)
+    assert not is_worse(-right, right, codes, ~scored)
+
+
+def test_a_pool_that_is_worse_is_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((40, 30, 20))
+    monkeypatch.setattr("finetune.expert_pool.is_worse", lambda *_: True)
+    pool = fit_pool(counts, labels, seed=0)
+    assert pool.weights == {"regression": 1, "wide": 0, "discriminant": 0}
+    assert pool.bonus == 0
+    alone = fit_pool(counts, labels, seed=0, experts=["regression"])
+    np.testing.assert_array_equal(pool.logits, alone.logits)
+    np.testing.assert_allclose(pool.predict(counts), alone.predict(counts), rtol=1e-3, atol=1e-3)
+
+
+def test_rarity_counts_what_each_fold_learnt_from() -> None:
+    codes = np.array([0, 0, 0, 0, 1, 1, 2])
+    folds = np.array([0, 0, 1, 2, 0, 1, -1])
+    # Of the first type 2, 3, 3 cells remain in the folds, of the second 1, 1, 2, of the third 1.
+    expected = {0: [1 / 4, 1, 1], 1: [1 / 9, 1, 1], 2: [1 / 9, 1 / 4, 1], -1: [1 / 16, 1 / 4, 1]}
+    np.testing.assert_allclose(rarity(codes, folds), [expected[fold] for fold in folds], rtol=1e-6)
+
+
+def test_bonus_is_what_out_of_fold_cells_of_rare_types_lack() -> None:
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1], (300, 30))
+    sure = 3 * np.eye(2)[codes] + rng.normal(size=(330, 2))
+    rare = np.tile([[0.0, 1.0]], (330, 1)).astype(np.float32)
+    scored = np.ones(330, bool)
+    assert rare_bonus(sure.astype(np.float32), rare, codes, scored) == 0
+    less = (sure - 3 * rare).astype(np.float32)  # the second type looks farther away
+    assert rare_bonus(less, rare, codes, scored) == 3
+    assert rare_bonus(less, rare, codes, ~scored) == 0
+
+
+def test_the_bonus_is_in_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, labels = simulated_cells((20, 3, 1))
+    monkeypatch.setattr("finetune.expert_pool.is_worse", lambda *_: False)
+    pools = []
+    for bonus in (0.0, 4.0):
+        monkeypatch.setattr("finetune.expert_pool.BONUSES", (bonus,))
+        pools.append(fit_pool(counts, labels, seed=0))
+    gained = pools[1].predict(counts) - pools[0].predict(counts)
+    sizes = np.array([20, 3, 1])
+    np.testing.assert_allclose(gained, np.tile(4 / sizes**2, (24, 1)), atol=1e-3)
+    codes = np.searchsorted(pools[0].classes, labels)
+    expected = 4 * rarity(codes, pools[0].folds)
+    np.testing.assert_allclose(pools[1].logits - pools[0].logits, expected, atol=1e-3)
 
 
 def test_class_weights_and_temperature_by_hand() -> None:

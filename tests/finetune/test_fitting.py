@@ -52,6 +52,7 @@ def config(**changes: Any) -> FinetuneConfig:
         "data": LabelledConfig(path="p"),
         "head": HeadConfig(hidden=16, bottleneck=8),
         "epochs": 4,
+        "epoch_steps": 1,
         "patience": 9,
         "batch_size": 8,
         "lr": 5e-3,
@@ -180,10 +181,25 @@ def test_losses_by_hand() -> None:
 
 def test_orders_are_seeded_and_balanced_if_asked_for() -> None:
     codes = np.repeat([0, 1], (900, 100))
-    plain = np.concatenate(_order(codes, 7, config(), 0))
+    plain = np.concatenate(_order(codes, config(), 0))
     assert sorted(plain) == list(range(1000))
-    balanced = np.concatenate(_order(codes, 7, config(loss=LossConfig(balance="sampling")), 0))
+    balanced = np.concatenate(_order(codes, config(loss=LossConfig(balance="sampling")), 0))
     assert abs((codes[balanced] == 1).mean() - 0.5) < 0.06
-    again = np.concatenate(_order(codes, 7, config(), 0))
+    again = np.concatenate(_order(codes, config(), 0))
     np.testing.assert_array_equal(plain, again)
-    assert (plain != np.concatenate(_order(codes, 7, config(), 1))).any()
+    assert (plain != np.concatenate(_order(codes, config(), 1))).any()
+
+
+@pytest.mark.parametrize(
+    ("num_cells", "passes", "sizes"),
+    [(20, 33, {6, 7}), (400, 2, {8}), (401, 1, {7, 8}), (3, 100, {3})],
+)
+def test_few_cells_are_passed_several_times(num_cells: int, passes: int, sizes: set[int]) -> None:
+    codes = np.zeros(num_cells, np.int64)
+    batches = _order(codes, config(epoch_steps=100), 0)
+    assert {len(batch) for batch in batches} == sizes
+    rows = np.concatenate(batches)
+    assert (np.bincount(rows) == passes).all()
+    whole = rows.reshape(passes, num_cells)
+    assert (np.sort(whole, axis=1) == np.arange(num_cells)).all()  # each pass has every cell
+    assert passes == 1 or (whole[0] != whole[1]).any()

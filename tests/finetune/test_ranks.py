@@ -115,6 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         data=LabelledConfig(path="p"),
         head=CONV,
         epochs=4,
+        epoch_steps=1,
         batch_size=8,
         lr=5e-3,
         encoder_lr=1e-3,

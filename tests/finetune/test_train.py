@@ -42,6 +42,7 @@ def config(folder: Path) -> FinetuneConfig:
         output=str(folder / "run"),
         head=HeadConfig(hidden=32, bottleneck=8),
         epochs=12,
+        epoch_steps=1,
         batch_size=8,
         lr=5e-3,
         tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="test"),

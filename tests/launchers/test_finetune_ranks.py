@@ -29,7 +29,18 @@ def words(folder: Path, output: str) -> list[str]:
         *("--encoder", str(folder / "encoder"), "--data.path", str(folder / "cells.h5ad")),
         *("--output", str(folder / output), "--tracking.uri", f"sqlite:///{folder}/mlflow.db"),
         *("--head.kind", "pooled", "--head.bottleneck", "8", "--train", "all", "--batch_size", "7"),
-        *("--epochs", "12", "--patience", "12", "--lr", "5e-3", "--reasons_cells", "2"),
+        *(
+            "--epochs",
+            "12",
+            "--epoch_steps",
+            "1",
+            "--patience",
+            "12",
+            "--lr",
+            "5e-3",
+            "--reasons_cells",
+            "2",
+        ),
     ]
 
 
