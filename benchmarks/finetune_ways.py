@@ -5,8 +5,8 @@
         --json benchmarks/results/finetune_ways.json --document docs/finetuning_ways.md
 
 Baron's cells (or those of `--data`, an `.h5ad` with counts and `obs["cell_type"]`): 10 and 30 of
-each type learn, others are labelled, at most 400 of them. Ways, on the same cells and with the same
-head:
+each type learn, others are labelled, at most 400 of them. Ways, on the same cells and with the
+paper's head:
 
 - `head`, `last_block`, `all`: `--train` of `scbert finetune`;
 - `layer rates`: all learns, each block at half the rate of the one behind it;
@@ -75,8 +75,7 @@ BASE: Final = FinetuneConfig(
     encoder="none",
     data=LabelledConfig(path="cells"),
     output="none",
-    head=HeadConfig(kind="pooled", expression=False),
-    batch_size=8,
+    head=HeadConfig(expression=False),
 )
 Build = Callable[[], ExpressionEncoder]
 Trial = tuple[Labelled, Labelled]

@@ -59,12 +59,9 @@ def embed(encoder: ExpressionEncoder, counts: sparse.csr_matrix) -> Values:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
         for tokens in token_batches(counts, 16, encoder):
             shown = nn.functional.pad(tokens > 0, (0, 1), value=True)  # (B, G + 1)
-            sizes, tokens = shown.sum(1), nn.functional.pad(tokens, (0, 1))
-            offsets = nn.functional.pad(sizes.cumsum(0), (1, 0))
-            states = encoder.encode(shown.nonzero()[:, 1], tokens[shown], offsets).float()
-            cell = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-            sums = states.new_zeros(len(sizes), states.shape[1]).index_add(0, cell, states)
-            parts.append(torch.cat([sums / sizes[:, None], states[offsets[1:] - 1]], dim=1))
+            states = encoder(tokens).float()  # (B, G + 1, D)
+            mean = (states * shown[..., None]).sum(1) / shown.sum(1, keepdim=True)
+            parts.append(torch.cat([mean, states[:, -1]], dim=1))
     return np.asarray(torch.cat(parts).numpy())
 
 

@@ -99,14 +99,32 @@ def refuse_inconsistent(group: Any, num_rows: int, num_columns: int, path: Path)
     if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
         raise ValueError(f"{path} is damaged: its indices are {indices.dtype}; fetch it again")
     if sizes[2] and num_columns > 1:
-        names = {f"{group.name}/{name}": group[name] for name in ("indptr", "indices", "data")}
-        refuse_incomplete(names, path)
+        of_group = {name: f"{group.name}/{name}" for name in ("indptr", "indices", "data")}
+        if not _begins_with_empty_rows(indptr, num_columns):
+            refuse_incomplete({of_group["indptr"]: indptr}, path)
+        refuse_incomplete({of_group["indices"]: indices, of_group["data"]: data}, path)
     ends = int(indptr[0]), int(indptr[-1])
     if ends != (0, sizes[2]):
         raise ValueError(
             f"{path} is damaged: its pointers go from {ends[0]} to {ends[1]}, its values from 0 to "
             f"{sizes[2]}; fetch it again"
         )
+
+
+def _begins_with_empty_rows(indptr: Any, num_columns: int) -> bool:
+    """Whether the chunks of pointers that are not stored can be those of empty rows at the start.
+
+    Where such chunks got lost instead, the first row behind them has all their values, which are
+    more than there are columns.
+    """
+    if not isinstance(indptr, zarr.Array) or indptr.nchunks_initialized == indptr.nchunks:
+        return False
+    pointers = np.asarray(indptr[:], np.int64)
+    num_zeros = int(np.count_nonzero(pointers == 0))
+    absent = indptr.nchunks - indptr.nchunks_initialized
+    sizes = np.diff(pointers)
+    rising = bool((sizes >= 0).all() and sizes.max() <= num_columns and pointers[-1] > 0)
+    return rising and absent <= num_zeros // indptr.chunks[0]
 
 
 def compressed_rows(group: Any, num_genes: int, start: int, stop: int) -> sparse.csr_matrix:
