@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,6 +78,7 @@ BASE: Final = FinetuneConfig(
     head=HeadConfig(expression=False),
 )
 Build = Callable[[], ExpressionEncoder]
+Train = Literal["head", "last_block", "all"]
 Trial = tuple[Labelled, Labelled]
 """Cells to learn from, and cells to label."""
 
@@ -121,7 +122,7 @@ def adapter_groups(model: CellClassifier) -> Groups:
 
 
 def trained(
-    build: Build, trial: Trial, seed: int, *trains: str, groups: Any = None
+    build: Build, trial: Trial, seed: int, *trains: Train, groups: Any = None
 ) -> tuple[CellClassifier, Callable[[], NDArray[np.float64]]]:
     """Train a network in one or more stages; it, and what gives its probabilities, (M, C)."""
     learn, test = trial
@@ -146,7 +147,8 @@ def trained(
 
 def chances(build: Build, trial: Trial, seed: int) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """Probabilities of the cells to label, (M, C), by way."""
-    for way in ("head", "all"):
+    ways: tuple[Train, ...] = ("head", "all")
+    for way in ways:
         yield way, trained(build, trial, seed, way)[1]()
     model, ask = trained(build, trial, seed, "last_block")
     yield "last_block", ask()
@@ -161,9 +163,10 @@ def chances(build: Build, trial: Trial, seed: int) -> Iterator[tuple[str, NDArra
     x, others = (embed(build(), side.counts) for side in trial)
     level, spread = x.mean(axis=0), x.std(axis=0) + 1e-6
     yield "probe", linear((x - level) / spread, (others - level) / spread, trial[0].labels, seed)
-    both = [Encoded(side, {}) for side in trial]
-    everything = [np.arange(len(side.labels)) for side in trial]
-    yield "regression", linear(*expression_of(*both, *everything), trial[0].labels, seed)
+    known, asked = (Encoded(side, {}) for side in trial)
+    learning, labelled = (np.arange(len(side.labels)) for side in trial)
+    expression = expression_of(known, asked, learning, labelled)
+    yield "regression", linear(*expression, trial[0].labels, seed)
 
 
 def measure(cells: Labelled, build: Build, budget: int, seeds: int) -> dict[str, Any]:
