@@ -76,7 +76,11 @@ BASE: Final = FinetuneConfig(
     data=LabelledConfig(path="cells"),
     output="none",
     head=HeadConfig(expression=False),
+    batch_size=8,
+    epoch_steps=50,
+    epochs=10,
 )
+"""All ways have 500 steps at most."""
 Build = Callable[[], ExpressionEncoder]
 Train = Literal["head", "last_block", "all"]
 Trial = tuple[Labelled, Labelled]

@@ -25,9 +25,9 @@ from finetune.classifier import dense_rates, predict
 from finetune.config import FinetuneConfig
 from finetune.expert_pool import fit_pool
 from finetune.expression import counts_per_10k, scaled, variable_genes
+from finetune.network import train_classifier
 from finetune.novelty import fit_detector, novelty_of
 from finetune.sides import Labelled, Start, fresh_start
-from finetune.train import train_classifier
 from pretrain.export import Export, read_export
 
 L1_PENALTIES: Final = (0.1, 1.0, 10.0)

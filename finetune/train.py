@@ -9,7 +9,6 @@
 5. The test side is labelled, beside the baselines; export, scores and figures are written.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -18,26 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from finetune.baselines import BaselineResult, majority, nearest_mean, regression_of, run_baselines
 from finetune.classifier import CellClassifier, Predictions, predict, save_classifier
 from finetune.config import FinetuneConfig, LabelledConfig
-from finetune.dataset import stratified_split
-from finetune.expert_pool import ExpertPool, fit_pool, temperature
+from finetune.expert_pool import ExpertPool, fit_pool
 from finetune.explaining import write_run_reasons
-from finetune.expression import counts_per_10k, variable_genes
 from finetune.figures import score_table
-from finetune.fitting import Cells, Inputs, chosen_correction, fit_network, seeded
-from finetune.heads import expression_logits
 from finetune.metrics import ClassificationScores, score
-from finetune.novelty import fit_detector
+from finetune.network import complete, train_network
 from finetune.outcome import write_outcome
 from finetune.page import report
-from finetune.resume import begin, finish
-from finetune.sides import Labelled, Sides, Start, file_digest, read_sides, sides_of
+from finetune.resume import finish
+from finetune.sides import Sides, file_digest, read_sides, sides_of
 from finetune.split_digest import split_digest
 from finetune.updates import require_trainable
 from finetune.verdict import verdict
@@ -173,138 +166,6 @@ def run(
     return result
 
 
-def train_classifier(
-    config: FinetuneConfig,
-    start: Start,
-    learn: Labelled,
-    pool: ExpertPool | None,
-    device: torch.device,
-    tracker: Tracker,
-    folder: Path,
-) -> CellClassifier:
-    """Train on the learning side alone: network, correction, temperature, thresholds.
-
-    Args:
-        config: What learns, and how.
-        start: Encoder and panel.
-        learn: Counts in panel order and types.
-        pool: Experts fitted on `learn`; none leaves the network alone.
-        device: Where to compute.
-        tracker: Gets loss and validation scores of each epoch.
-        folder: Keeps the progress.
-    """
-    model = train_network(config, start, learn, alone(device), tracker, folder)
-    complete(model, learn, pool, config)
-    return model
-
-
-def train_network(
-    config: FinetuneConfig,
-    start: Start,
-    learn: Labelled,
-    ranks: Ranks,
-    tracker: Tracker,
-    folder: Path,
-) -> CellClassifier:
-    """Train a classifier's network on the learning side; all ranks take part and get the same.
-
-    Args:
-        config: What learns, and how.
-        start: Encoder and panel.
-        learn: Counts in panel order and types, all of them on every rank.
-        ranks: This process among all.
-        tracker: Gets loss and validation scores of each epoch.
-        folder: Keeps the progress; several ranks see the same one.
-
-    Raises:
-        ValueError: If the ranks have different cells or settings, or too few cells.
-    """
-    identity = _identity(config, learn)
-    with ranks.failing_together():
-        if len(set(ranks.gather_texts(identity))) > 1:
-            raise ValueError(
-                "the ranks read different cells or have different settings; give all of them the "
-                "same files"
-            )
-        if ranks.is_first:
-            begin(folder, identity)
-    rows, held_out = _halves(learn, config)
-    cells = _cells(learn)
-    with seeded(config.seed, "head"):
-        labels = tuple(str(name) for name in np.unique(learn.labels))
-        model = CellClassifier(start.encoder, labels, config.head).to(ranks.device)
-    train, validation = cells.take(rows), cells.take(held_out)
-    fit_network(model, train, validation, config, tracker, folder, ranks)
-    return model.eval()
-
-
-def complete(
-    model: CellClassifier, learn: Labelled, pool: ExpertPool | None, config: FinetuneConfig
-) -> None:
-    """Give a trained network its experts, its share beside them, temperature and thresholds.
-
-    Args:
-        model: From `train_network`.
-        learn: The cells that it learnt from.
-        pool: Experts fitted on `learn`; none leaves the network alone.
-        config: As in `train_network`.
-    """
-    _, held_out = _halves(learn, config)
-    cells = _cells(learn, pool)
-    validation = cells.take(held_out)
-    own = Inputs(model, validation, config).logits()
-    if pool is not None:
-        model.expression = expression_logits(pool).to(model.correction.device)
-        model.correction.fill_(chosen_correction(own, validation))
-    _calibrate(model, cells, held_out, own, pool, config)
-
-
-def _cells(learn: Labelled, pool: ExpertPool | None = None) -> Cells:
-    classes, codes = np.unique(learn.labels, return_inverse=True)
-    first = np.zeros((len(codes), len(classes)), np.float32) if pool is None else pool.logits
-    return Cells(learn.counts, codes, first)
-
-
-def _halves(learn: Labelled, config: FinetuneConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and rows that validate."""
-    rows, held_out = stratified_split(learn.labels, config.data.validation_share, config.seed)
-    # A single cell of each type: there is nothing to choose by.
-    return rows, held_out if len(held_out) else rows
-
-
-def _calibrate(
-    model: CellClassifier,
-    cells: Cells,
-    held_out: NDArray[np.int64],
-    own: NDArray[np.float32],
-    pool: ExpertPool | None,
-    config: FinetuneConfig,
-) -> None:
-    """Set temperature and novelty thresholds by cells that nothing was fitted on.
-
-    Where the network adds nothing, these are all training cells, by the experts' folds; else it has
-    seen all but the validation cells, of which it says `own`.
-    """
-    logits = cells.start.copy()
-    folds = np.full(len(logits), -1)
-    folds[held_out] = 0
-    if pool is not None and not float(model.correction):
-        folds = pool.folds
-    else:
-        logits[held_out] += float(model.correction) * own
-    if (folds >= 0).any():
-        level = temperature(logits[folds >= 0], cells.codes[folds >= 0])
-        model.temperature.fill_(level)
-        logits /= level
-    genes = (
-        pool.variable if pool is not None else variable_genes(counts_per_10k(cells.counts), 2_000)
-    )
-    device = model.temperature.device
-    model.novelty = fit_detector(
-        cells.counts, cells.codes, genes, folds, logits, **asdict(config.novelty)
-    ).to(device)
-
-
 def _start_tracker(config: FinetuneConfig, sides: Sides, ranks: Ranks) -> Tracker:
     output = Path(config.output)
     if ranks.is_first:
@@ -387,14 +248,6 @@ def _metadata(
             "git_commit": git_commit(),
         },
     }
-
-
-def _identity(config: FinetuneConfig, learn: Labelled) -> str:
-    """Name what is trained on what: progress of anything else is not continued."""
-    elsewhere = ("output", "tracking", "deepspeed")  # which change nothing of the result
-    settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
-    text = json.dumps(settings, sort_keys=True) + split_digest(learn.counts, learn.labels)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
