@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.annotation_document import auroc, bars, overview, write_document
+from benchmarks.annotation_document import auroc, bars, overview, together, write_document
 from benchmarks.page_tables import BEGIN, END
 
 TRIALS = """
@@ -15,6 +15,9 @@ TRIALS = """
 | without alpha | logistic regression | 80.0 | 10.0 | 95.0 |
 | without ductal | ours | 90.2 | 50.0 | 95.0 |
 """
+
+
+COUNTS = {"only_ours": 9, "only_theirs": 2}
 
 
 def entry(
@@ -27,7 +30,7 @@ def entry(
     apart = {"mean": ours[0] - other[0], "low": -0.01, "high": 0.03}
     return {
         "methods": {"ours": method(ours), "logistic regression": method(other)},
-        "tests": {"logistic regression": {"difference": apart, "p_cells": 0.02}},
+        "tests": {"logistic regression": {"difference": apart, "p_cells": 0.02, **COUNTS}},
         "table": table,
         "verdict": "said",
         "cells": 2_000,
@@ -56,6 +59,17 @@ def test_overview_has_differences_and_the_best() -> None:
     assert "| 92.0 | 91.0 | +1.0 ± 2.0 (p = 0.02) | +1.0 | ours 92.0 |" in text
     assert "| 94.5 | 95.0 | -0.5 ± 2.0 (p = 0.02) | -1.0 | logistic regression 95.0 |" in text
     assert "unknown" not in text
+
+
+def test_few_shot_entries_are_tested_together() -> None:
+    second = {"kang, few-shot, 10 cells of each type": entry((0.90, 0.80), (0.90, 0.82))}
+    found = together(FIGURES | second)
+    assert found is not None
+    assert "The 2 data sets" in found
+    assert "+0.5 points of accuracy and -0.5 of macro-F1" in found
+    assert "18 cells are right by ours alone, 4 by" in found
+    assert "(p = 0.004)" in found  # binomial, 18 of 22
+    assert together({}) is None
 
 
 def test_a_page_keeps_what_stands_around_the_marks(tmp_path: Path) -> None:
