@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny fresh network, one seed")
     parser.add_argument("--encoder", help="pretrained export")
     parser.add_argument("--data", help=".h5ad with labels; default: Baron's cells")
+    parser.add_argument("--budgets", type=int, nargs="*", default=BUDGETS, help="cells of a type")
     parser.add_argument("--seeds", type=int, default=5, help="draws of the cells that learn")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--document", type=Path, help="Markdown page whose tables are rewritten")
@@ -251,7 +252,7 @@ def main() -> None:
         panel, build = export.panel, export.encoder
     counts = panel_counts(adata_query(adata, None, "cells"), panel, 0.0 if options.quick else 0.3)
     cells = Labelled(counts, labels_of(adata, "cell_type", "cells"))
-    budgets, seeds = (BUDGETS[:1], 1) if options.quick else (BUDGETS, options.seeds)
+    budgets, seeds = (BUDGETS[:1], 1) if options.quick else (options.budgets, options.seeds)
     facts = {str(budget): measure(cells, build, budget, seeds) for budget in budgets}
     ratios = {
         f"{way}, {budget} of each type: macro-F1 − head's": 100 * of["macro_f1"]["gain"][0]

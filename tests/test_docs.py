@@ -64,6 +64,7 @@ IN_ANOTHER_FORM = {
     "python benchmarks/ingest.py": "tests/benchmarks/test_shown.py::test_ingest",
     "python benchmarks/loader.py": "tests/benchmarks/test_loader.py::"
     "test_a_small_run_measures_all_that_needs_no_peer",
+    "python benchmarks/finetune_ways.py": "tests/benchmarks/test_shown.py::test_finetune_ways",
     "python benchmarks/pretraining_worth.py": "tests/benchmarks/test_shown.py::"
     "test_pretraining_worth",
     "rclone sync": LAB,

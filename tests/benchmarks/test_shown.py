@@ -50,6 +50,21 @@ def test_annotation(tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
+def test_finetune_ways(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "a.h5ad", 90)
+    encoder = write_encoder(tmp_path / "encoder")
+    page, kept = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("# Page\n\n<!-- tables -->\n<!-- end of tables -->\n")
+    words = ["--encoder", encoder, "--data", data, "--seeds", 1, "--budgets", 4, "--json", kept]
+    result = run("finetune_ways.py", *words, "--document", page)
+    ways = result["figures"]["ways"]
+    assert {"head", "all", "lora", "layer rates", "probe", "regression"} < set(ways["4"])
+    assert json.loads(kept.read_text()) == result
+    text = page.read_text()
+    assert "## 4 cells of each type" in text
+    assert text.count("| lora |") == 1
+
+
 def test_ingest(tmp_path: Path) -> None:
     result = run("ingest.py", "--quick", "--json", "--cells", 2_000, "--rounds", 1)
     assert result["ratios"]["wall_two_workers_vs_one"] > 0
