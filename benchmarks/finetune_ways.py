@@ -11,7 +11,8 @@ paper's head:
 - `head`, `last_block`, `all`: `--train` of `scbert finetune`;
 - `layer rates`: all learns, each block at half the rate of the one behind it;
 - `lora`: adapters of rank 8 on every product of the blocks, the encoder's own weights stay;
-- `head, then all`: the head first, so that the encoder is not torn by an untrained one;
+- `head, then all`: the head for half of the steps, so that an untrained one does not tear the
+  encoder, then all;
 - `last_block, 5 draws`: `last_block`, its probabilities averaged over five draws of the random
   features;
 - `probe`: tuned logistic regression on the frozen network's states, nothing trained;
@@ -137,7 +138,7 @@ def trained(
     rows, held_out = stratified_split(learn.labels, BASE.data.validation_share, seed)
     chosen = None if groups is None else groups(model)
     for train in trains:
-        config = replace(BASE, train=train, seed=seed)
+        config = replace(BASE, train=train, seed=seed, epochs=BASE.epochs // len(trains))
         with tempfile.TemporaryDirectory() as folder:
             sides = cells.take(rows), cells.take(held_out)
             begin(Path(folder), train)
