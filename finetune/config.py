@@ -157,8 +157,9 @@ class FinetuneConfig:
     all."""
     epochs: int = 20
     """Passes over the training cells at most, each followed by validation."""
-    epoch_steps: int = 100
-    """An epoch passes over few cells several times, in up to so many optimizer steps."""
+    epoch_steps: int | None = None
+    """An epoch passes over few cells several times, in up to so many optimizer steps; none takes
+    100 where the head alone learns from states that are kept, and one pass where each costs."""
     patience: int = 5
     """Stop after this many epochs without a better validation macro-F1."""
     batch_size: int = 16
@@ -185,9 +186,11 @@ class FinetuneConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "epoch_steps", "patience", "batch_size"):
+        for name in ("epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.epoch_steps is not None and self.epoch_steps < 1:
+            raise ValueError(f"epoch_steps is {self.epoch_steps}; give 1 or more, or none")
         if self.reasons_cells < 0:
             raise ValueError(f"reasons_cells is {self.reasons_cells}; give 0 or more")
         if not self.lr > 0 or not self.encoder_lr >= 0 or not self.clip_norm > 0:

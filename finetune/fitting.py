@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import log_softmax
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from datastore.randomness import derive_key
 from finetune.classifier import CellClassifier, token_batches
@@ -32,6 +33,8 @@ from pretrain.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+CHEAP_STEPS = 100
+"""Optimizer steps of an epoch that cost little: few cells are passed several times."""
 CORRECTIONS = (0.0, 0.25, 0.5, 1.0)
 """How much of the network's logits may be added to the experts'."""
 
@@ -121,6 +124,8 @@ def fit_network(
     updates = updates_of(network, groups, config, ranks)
     log.info("%d cells to train on, %d to validate", len(train.codes), len(validation.codes))
     cells, held_out = (Inputs(model, side, config, ranks) for side in (train, validation))
+    if config.epoch_steps is None:
+        config = replace(config, epoch_steps=CHEAP_STEPS if cells.are_kept else 1)
     num_steps = math.prod(_num_steps(len(train.codes), config))
     progress = _continued(folder, network, updates, num_steps, ranks)
     while progress.epoch < config.epochs and progress.since < config.patience:
@@ -221,7 +226,9 @@ def _epoch(
     loss_sum = 0.0
     # A seed for each epoch: a training that continues drops the same units.
     with seeded(derive_key(config.seed, "dropout", epoch), "epoch"):
-        for step, batch in enumerate(batches):
+        shown = None if ranks.is_first else True  # none: where there is a terminal
+        shown_batches = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=shown)
+        for step, batch in enumerate(shown_batches):
             rows = share.of(batch)
             logits = updates.forward(*cells.of(rows))
             loss = cell_loss(logits, codes[rows].to(logits.device), weights, config.loss)
@@ -278,12 +285,23 @@ class Inputs:
         num_values = counts.shape[0] * (encoder.num_genes + 1) * encoder.config.dim
         self._states: Tensor | None = None
         if config.train == "head" and 4 * num_values <= config.cache_gigabytes * 1e9:
-            parts = token_batches(counts[self._own], self._batch_size, encoder)
+            own_counts = counts[self._own]
+            parts = token_batches(own_counts, self._batch_size, encoder)
+            total = -(-own_counts.shape[0] // self._batch_size)
+            hidden = None if self._ranks.is_first else True
             with torch.no_grad():
-                states = [encoder(part.to(self._device)) for part in parts]
+                states = [
+                    encoder(part.to(self._device))
+                    for part in tqdm(parts, "encoding", total, leave=False, disable=hidden)
+                ]
             shape = (0, encoder.num_genes + 1, encoder.config.dim)
             own = torch.cat(states or [torch.zeros(shape, device=self._device)])
             self._states = self._ranks.join_parts(own, counts.shape[0])
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether the cells were encoded once, and steps cost little."""
+        return self._states is not None
 
     @property
     def _own(self) -> slice:
@@ -335,7 +353,7 @@ def _learning(model: CellClassifier, config: FinetuneConfig) -> Groups:
 def _num_steps(num_cells: int, config: FinetuneConfig) -> tuple[int, int]:
     """Passes of an epoch over the cells, and optimizer steps of each pass."""
     steps = -(-num_cells // config.batch_size)
-    return max(1, config.epoch_steps // steps), steps
+    return max(1, (config.epoch_steps or 1) // steps), steps
 
 
 def _rate(step: int, total_steps: int) -> float:

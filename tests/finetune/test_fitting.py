@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune.fitting
 from finetune.classifier import CellClassifier
 from finetune.config import FinetuneConfig, HeadConfig, LabelledConfig, LossConfig
 from finetune.expert_pool import fit_pool
@@ -203,3 +204,34 @@ def test_few_cells_are_passed_several_times(num_cells: int, passes: int, sizes: 
     whole = rows.reshape(passes, num_cells)
     assert (np.sort(whole, axis=1) == np.arange(num_cells)).all()  # each pass has every cell
     assert passes == 1 or (whole[0] != whole[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 20 * 5),  # 40 cells are 5 batches
+        ({"cache_gigabytes": 0.0}, 5),
+        ({"train": "all"}, 5),
+        ({"train": "all", "epoch_steps": 12}, 10),
+    ],
+)
+def test_passes_are_many_where_the_cells_are_encoded_once(
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    steps: int,
+) -> None:
+    settings = config(**{"epochs": 1, "epoch_steps": None, **changes})
+    sides = cells().take(np.arange(40)), cells().take(np.arange(40, 60))
+    taken: list[int] = []
+    rate = finetune.fitting._rate
+
+    def counted(step: int, total: int) -> float:
+        taken.append(total)
+        return rate(step, total)
+
+    monkeypatch.setattr("finetune.fitting._rate", counted)
+    begin(tmp_path, "same")
+    fit_network(classifier(encoder, settings.head), *sides, settings, tracker(), tmp_path)
+    assert taken == [steps] * steps
