@@ -8,7 +8,7 @@ expressed genes a cell) these take turns, on one thread, measured in CPU seconds
 - `published`: performer-pytorch's blocks and attention, a cell at a time, as the published
   prediction script does; in a process of its own, whose allocator is the system's.
 - `published, memory kept`: the same beside ours, in a process that keeps freed memory as
-  `launchers/annotate.py` does: half of its time are page faults else.
+  `launchers/annotate.py` does: nearly half of its time are page faults else.
 - `ours`: `finetune.classifier.predict`, float32, and the same in bfloat16 (`--precision bfloat16`)
   where the CPU has it.
 - `expressed`: the same shape on expressed genes only (another model, trained so).

@@ -232,6 +232,11 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.quick or options.encoder):
         parser.error("give --encoder EXPORT or --quick")
+    for path in (options.encoder, options.data):
+        if path and not Path(path).exists():
+            parser.error(f"there is no {path}; give an export to --encoder, an .h5ad to --data")
+    if min([options.seeds, *options.budgets]) < 1:
+        parser.error("--seeds and --budgets take numbers of 1 or more")
     if options.document:
         try:
             split_page(options.document)  # before an hour of work

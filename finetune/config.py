@@ -190,7 +190,7 @@ class FinetuneConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.epoch_steps is not None and self.epoch_steps < 1:
-            raise ValueError(f"epoch_steps is {self.epoch_steps}; give 1 or more, or none")
+            raise ValueError(f"epoch_steps is {self.epoch_steps}; give 1 or more, or null")
         if self.reasons_cells < 0:
             raise ValueError(f"reasons_cells is {self.reasons_cells}; give 0 or more")
         if not self.lr > 0 or not self.encoder_lr >= 0 or not self.clip_norm > 0:

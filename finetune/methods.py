@@ -25,9 +25,10 @@ from finetune.classifier import dense_rates, predict
 from finetune.config import FinetuneConfig
 from finetune.expert_pool import fit_pool
 from finetune.expression import counts_per_10k, scaled, variable_genes
-from finetune.network import train_classifier
+from finetune.network import complete, train_network
 from finetune.novelty import fit_detector, novelty_of
 from finetune.sides import Labelled, Start, fresh_start
+from pretrain.distributed import alone
 from pretrain.export import Export, read_export
 
 L1_PENALTIES: Final = (0.1, 1.0, 10.0)
@@ -269,7 +270,8 @@ def _network(
     silent: Any = SimpleNamespace(log_metrics=lambda metrics, step: None)
     with TemporaryDirectory() as folder:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = train_classifier(config, start, learn, pool, device, silent, Path(folder))
+        model = train_network(config, start, learn, alone(device), silent, Path(folder))
+    complete(model, learn, pool, config)
     said = predict(model, test, config.batch_size, progress=False)
     strangeness, is_novel = novelty_of(said, model.novelty)
     return Answer(np.array(said.best), strangeness, is_novel)

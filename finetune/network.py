@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from finetune.classifier import CellClassifier
@@ -24,33 +23,8 @@ from finetune.novelty import fit_detector
 from finetune.resume import begin
 from finetune.sides import Labelled, Start
 from finetune.split_digest import split_digest
-from pretrain.distributed import Ranks, alone
+from pretrain.distributed import Ranks
 from pretrain.tracking import Tracker
-
-
-def train_classifier(
-    config: FinetuneConfig,
-    start: Start,
-    learn: Labelled,
-    pool: ExpertPool | None,
-    device: torch.device,
-    tracker: Tracker,
-    folder: Path,
-) -> CellClassifier:
-    """Train on the learning side alone: network, correction, temperature, thresholds.
-
-    Args:
-        config: What learns, and how.
-        start: Encoder and panel.
-        learn: Counts in panel order and types.
-        pool: Experts fitted on `learn`; none leaves the network alone.
-        device: Where to compute.
-        tracker: Gets loss and validation scores of each epoch.
-        folder: Keeps the progress.
-    """
-    model = train_network(config, start, learn, alone(device), tracker, folder)
-    complete(model, learn, pool, config)
-    return model
 
 
 def train_network(

@@ -1,8 +1,8 @@
 """Freed memory is kept for the next tensor instead of being given back to the system.
 
 By default glibc maps large blocks afresh for every tensor and unmaps them after it, so each byte is
-cleared and faulted in by the kernel before it is first written: a third of the time of small
-batches on CPUs.
+cleared and faulted in by the kernel before it is first written: a tenth of the time of labelling on
+CPUs, and nearly half of performer-pytorch's at full length.
 """
 
 import ctypes
