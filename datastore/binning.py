@@ -8,17 +8,14 @@ arithmetic instead of through a logarithm that may round across one.
 is enough to know the smallest count of each bin, and to compare whole numbers with those.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from datastore.buffers import BufferPool
+from datastore.cell_rows import spread as spread_rows
 from datastore.config import BinningConfig
-
-_CACHED_BYTES: Final = 2**21
-"""Dense memory that stays in a core's cache between clearing and filling it."""
 
 
 def bin_counts(
@@ -149,20 +146,7 @@ def to_dense(
     Raises:
         ValueError: If a gene lies outside the panel.
     """
-    if len(genes) and int(genes.max()) >= num_genes:
-        raise ValueError(f"gene {genes.max()} lies outside the panel of {num_genes} genes")
-    pool = pool or BufferPool()
-    dense = pool.take((len(indptr) - 1, num_genes), values.dtype)
-    index = np.int32 if len(genes) < 2**31 else np.int64
-    columns, starts = pool.take(len(genes), index), indptr.astype(index)
-    columns[:] = genes
-    rows = max(1, _CACHED_BYTES // max(1, num_genes * dense.itemsize))
-    for start in range(0, len(dense), rows):
-        part = dense[start : start + rows]
-        at = starts[start : start + rows + 1]
-        content = (values[at[0] : at[-1]], columns[at[0] : at[-1]], at - at[0])
-        sparse.csr_matrix(content, shape=part.shape).toarray(out=part)
-    return dense
+    return spread(indptr[:-1], indptr[1:], genes, values, num_genes, values.dtype, pool)
 
 
 def spread(
@@ -176,9 +160,6 @@ def spread(
 ) -> NDArray[Any]:
     """Spread ranges of flat arrays over the panel; (B, G), zero where nothing is stored.
 
-    For wide types: where the time goes into writing so much memory, this takes two thirds of what
-    cutting the rows and `to_dense` take. Bytes are spread quicker by `to_dense`.
-
     Args:
         starts: First value of each cell, (B,).
         stops: Behind the last value of each cell, (B,).
@@ -191,22 +172,9 @@ def spread(
     Raises:
         ValueError: If a gene lies outside the panel.
     """
-    pool = pool or BufferPool()
-    dense = pool.take((len(starts), num_genes), dtype)
-    longest = int((stops - starts).max(initial=0))
-    columns, content = pool.take(longest, np.intp), pool.take(longest, dtype)
-    cleared = dense.view(np.uint8)  # as bytes: NumPy clears those twice as fast
-    try:
-        # Row by row: what is filled stands in a core's cache still, and goes to memory once.
-        for row, start, stop in zip(
-            range(len(dense)), starts.tolist(), stops.tolist(), strict=True
-        ):
-            cleared[row].fill(0)
-            at, what = columns[: stop - start], content[: stop - start]
-            at[:], what[:] = genes[start:stop], values[start:stop]
-            dense[row][at] = what
-    except IndexError as error:
-        raise ValueError(f"a gene lies outside the panel of {num_genes} genes ({error})") from error
+    shape = (len(starts), num_genes)
+    dense = np.empty(shape, dtype) if pool is None else pool.take(shape, dtype)
+    spread_rows(genes, values, starts, stops, dense)
     return dense
 
 

@@ -178,9 +178,9 @@ class OrderConfig:
     part of the store."""
     block: int = 2_048
     """Cells that lie together in the store and are read together; at most a lane's length."""
-    window: int = 256
+    window: int = 64
     """Cells of a lane that are shuffled among themselves, and fetched together: a window of each
-    lane is what a loader holds in memory."""
+    lane must be there before the first batch is. Powers of four are ordered quickest."""
 
     def __post_init__(self) -> None:
         for name in ("lanes", "block", "window"):

@@ -12,7 +12,7 @@ A batch belongs to whoever holds it. When nobody does any more, its memory serve
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from datastore.reader import CellReader, PendingCells
 from datastore.sampler import CellSampler
 
 Batch = TypeVar("Batch")
+
+WINDOWS_AHEAD: Final = 4
+"""Windows of each lane that are read at once, unless another number is given."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ class CellLoader:
         sampler: Says which cells belong to a step.
         num_genes: Length of the panel, G.
         binning: How counts become tokens.
-        windows_ahead: Windows of each lane that are read at once. Whole ones, so that no cell is
-            decoded twice. An arena holds `windows_ahead` × `window` × `lanes` cells over all ranks,
-            at 4 bytes per expressed gene, and there are two.
+        windows_ahead: Windows of each lane that are read at once; whole ones, so that no cell is
+            decoded twice, and at first a single one, so that the first batch is there soon. An
+            arena holds `windows_ahead` × `window` × `lanes` cells over all ranks, at 4 bytes per
+            expressed gene, and there are two.
         bytes_ahead: Most bytes of an arena, as long as the cells of one step fit.
         with_values: Give expression values beside the bins.
     """
@@ -90,7 +94,7 @@ class CellLoader:
         sampler: CellSampler,
         num_genes: int,
         binning: BinningConfig,
-        windows_ahead: int = 1,
+        windows_ahead: int = WINDOWS_AHEAD,
         bytes_ahead: int = 2**29,
         with_values: bool = False,
     ) -> None:
@@ -99,8 +103,10 @@ class CellLoader:
         self._num_genes = num_genes
         self._binning = binning
         order = sampler.order.config
-        window_cells = windows_ahead * order.window * order.lanes
-        self._steps_ahead = max(1, window_cells // sampler.global_batch_size)
+        self._steps_ahead = [
+            max(1, windows * order.window * order.lanes // sampler.global_batch_size)
+            for windows in (1, windows_ahead)
+        ]
         self._values_ahead = bytes_ahead // 4
         self._with_values = with_values
         self._pool = BufferPool(16)
@@ -172,8 +178,8 @@ class CellLoader:
         """Cut the steps into groups that are read together, at whole multiples of their length."""
         step = first_step
         while step < self._sampler.steps_per_epoch:
-            stop = step - step % self._steps_ahead + self._steps_ahead
-            stop = min(stop, self._sampler.steps_per_epoch)
+            ahead = self._steps_ahead[step > first_step]
+            stop = min(step - step % ahead + ahead, self._sampler.steps_per_epoch)
             while True:
                 steps = self._sampler.plan(epoch, range(step, stop))
                 positions = np.concatenate([cells for of in steps for cells in of])

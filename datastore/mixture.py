@@ -28,8 +28,9 @@ from datastore.sampler import shuffle_keys, shuffled
 
 STRATUM: Final = 65_536
 """Places over all lanes in which the shares of the parts are even."""
-_SHORTEST_WINDOW: Final = 64
-"""About a chunk of the store: shorter windows would not make reads any shorter."""
+_SHORTEST_WINDOW: Final = 4
+"""The shortest window's part of the longest: one of less than a quarter of a chunk would hardly make
+reads any shorter."""
 _GOLDEN_RATIO: Final = (5**0.5 - 1) / 2
 _SQUARE_ROOT: Final = 2**0.5
 
@@ -128,7 +129,8 @@ class MixedOrder:
         So the cells that are fetched ahead are whole windows of every part, not a tenth of each.
         """
         lengths = np.ceil(self._sizes / self.num_cells * self.config.window).astype(np.int64)
-        return np.clip(lengths, min(_SHORTEST_WINDOW, self.config.window), self.config.window)
+        shortest = max(1, self.config.window // _SHORTEST_WINDOW)
+        return np.clip(lengths, shortest, self.config.window)
 
     @cached_property
     def _own_lanes(self) -> NDArray[np.int64]:

@@ -164,27 +164,30 @@ class CellReader:
             for name in (GENES, COUNTS)
         ]
         cells = ArenaCells(plan, arena.arrays(plan.num_values, *map(_common_type, opened)))
+        tails = []
         with ts.Batch() as batch:
             for name, arrays in zip((GENES, COUNTS), opened, strict=True):
                 values = cells.genes if name == GENES else cells.counts
                 room = ts.array(values, copy=False, context=self._context)
                 for stretch, array, (at, length) in zip(plan.stretches, arrays, known, strict=True):
+                    first = stretch.place + length
                     if former is not None and length:
                         tail = former.genes if name == GENES else former.counts
-                        values[stretch.place : stretch.place + length] = tail[at : at + length]
+                        tails.append((values[stretch.place : first], tail[at : at + length]))
                     start, stop = stretch.start + length, stretch.stop + stretch.tail
                     if start < stop:
-                        first = stretch.place + length
                         target = room[first : first + stop - start]
                         write = target.write(array[start:stop], batch=batch)
                         futures.append((write, stretch.part, name))
+        for place, tail in tails:  # while the rest is being decoded
+            place[:] = tail
         return PendingCells(self._store, cells, futures)
 
     def _tail(self, part: int, start: int, stop: int) -> int:
-        """Values between a stretch's end and that of its last chunk, if it is of several chunks."""
+        """Values between a stretch's end and that of its last chunk, if it is longer than one."""
         array = self._array(part, COUNTS)
         chunk = int(array.chunk_layout.read_chunk.shape[0])
-        return min(-stop % chunk, int(array.shape[0]) - stop) if stop - start >= 2 * chunk else 0
+        return min(-stop % chunk, int(array.shape[0]) - stop) if stop - start >= chunk else 0
 
     def _runs(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Cut sorted positions, which may repeat, into runs of near neighbours in a partition.

@@ -129,7 +129,12 @@ def _block_sequence(
     in_short = (index >= short_start) & (index < short_start + short)
     slot_index = index - np.where(index >= short_start + short, short, 0)
     slot = np.where(in_short, 0, slot_index // block)
-    place = permute(slot, np.maximum(full, 1), key) * block + slot_index % block
+    if np.ndim(full) == 0:  # one permutation for all, and few of its slots: each is sent once
+        slots, which = np.unique(slot, return_inverse=True)
+        sent = permute(slots, max(int(full), 1), key)[which]
+    else:
+        sent = permute(slot, np.maximum(full, 1), key)
+    place = sent * block + slot_index % block
     return np.where(in_short, full * block + index - short_start, place)
 
 

@@ -171,6 +171,15 @@ def check_attention_kernel() -> Finding:
     return Finding("attention kernel", "ok", "native, in float32 and bf16")
 
 
+def check_loader_kernel() -> Finding:
+    """Whether batches are cut by native code, which is twice as fast."""
+    from datastore.cell_rows import missing
+
+    if reason := missing():
+        return Finding("loader kernel", "warning", reason, "batches are cut by NumPy")
+    return Finding("loader kernel", "ok", "native")
+
+
 def check_mlflow(uri: str | None, environ: Mapping[str, str], cwd: Path) -> Finding:
     """Whether runs and models can be kept where they are meant to be."""
     try:

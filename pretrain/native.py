@@ -1,24 +1,18 @@
 """Native CPU kernels, compiled on first use for what this processor can do.
 
 There are two families, `bf16` for x86-64 with AVX-512 and `float32` for AVX2 too; `missing` says
-what stands against one elsewhere. A library is compiled by the C++ compiler that DeepSpeed needs
-too ($CXX, else g++ or c++) into `$SCBERT_KERNEL_CACHE` or `~/.cache/scbert-scale`; its name is a
-digest of the sources, the flags and the compiler. It is compiled beside its name and then renamed,
-one process at a time, under a lock that the system releases when its owner dies.
+what stands against one elsewhere. `datastore.compiling` says how they are compiled.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+
+from datastore.compiling import compile_library
 
 Family = Literal["bf16", "float32"]
 
@@ -109,34 +103,14 @@ def load(variant: str) -> ctypes.CDLL:
 
 
 def build(variant: str) -> Path:
-    """Compile a build unless it is there, and return the library's path."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler (install g++ or set CXX)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    """Compile a build unless it is there, and return the library's path.
+
+    Raises:
+        OSError: If there is no compiler, or no place for the library.
+        subprocess.SubprocessError: If the compiler fails.
+    """
     sources = [Path(__file__).parent / name for name in SOURCES[VARIANTS[variant].family]]
-    command = [compiler, *VARIANTS[variant].flags.split()]
-    command += [str(source) for source in sources if source.suffix == ".cpp"]
-    text = b"".join(source.read_bytes() for source in sources)
-    digest = hashlib.sha256(text + version + " ".join(command).encode())
-    folder = Path(os.environ.get("SCBERT_KERNEL_CACHE") or Path.home() / ".cache" / "scbert-scale")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    library = folder / f"kernels_{variant}_{digest.hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    with (folder / "build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                made = Path(beside) / library.name
-                result = subprocess.run(
-                    [*command, "-o", str(made)], capture_output=True, text=True, check=False
-                )
-                if result.returncode:
-                    first = (result.stderr.splitlines() or ["no message"])[0]
-                    raise OSError(f"{compiler} could not compile the native kernels: {first}")
-                made.replace(library)
-    return library
+    return compile_library(f"kernels_{variant}", sources, VARIANTS[variant].flags.split())
 
 
 def run(function: Any, call: ctypes.Structure) -> None:

@@ -6,6 +6,7 @@ Usage: ours.py CASE FOLDER CELLS
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stopwatch import cpu_seconds, peak_mb, report, say
 from datastore.arenas import Arena, ArenaCells
 from datastore.buffers import BufferPool
 from datastore.config import BinningConfig, OrderConfig
-from datastore.loader import CellLoader
+from datastore.loader import WINDOWS_AHEAD, CellLoader
 from datastore.reader import CellReader
 from datastore.sampler import CellOrder, CellSampler
 from datastore.store import open_store
@@ -32,13 +33,15 @@ def sampler_of(num_cells: int, rank: int = 0, world_size: int = 1) -> CellSample
 def batches(
     folder: Path, form: str, share: float = 0.0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Any]:
-    """Batches of an epoch in one of the loader's forms, from a share of its steps on."""
+    """Batches of one epoch after another in one of the loader's forms, from a share of the first's
+    steps on."""
     store = open_store(folder)
     sampler = sampler_of(store.num_cells, rank, world_size)
     loader = CellLoader(CellReader(store), sampler, len(store.panel), BinningConfig())
     first = int(sampler.steps_per_epoch * share)
-    for (batch,) in getattr(loader, form)(0, first):
-        yield batch
+    for epoch in count():
+        for (batch,) in getattr(loader, form)(epoch, 0 if epoch else first):
+            yield batch
 
 
 def size(batch: Any) -> int:
@@ -70,7 +73,7 @@ def limits(folder: Path, cells: int) -> None:
     store = open_store(folder)
     reader, sampler = CellReader(store), sampler_of(store.num_cells)
     order = sampler.order.config
-    together = order.window * order.lanes // BATCH
+    together = WINDOWS_AHEAD * order.window * order.lanes // BATCH
     arena, pool = Arena(), BufferPool()
     spent = {"decode": np.zeros(2), "gather": np.zeros(2)}
     done = 0
@@ -103,6 +106,7 @@ def limits(folder: Path, cells: int) -> None:
         decode_per_second=1 / decode[0],
         gather_per_second=1 / gather[0],
         per_second=1 / (decode[0] + gather[0]),
+        second_half_per_second=1 / (decode[0] + gather[0]),
         per_cpu_second=1 / (decode[1] + gather[1]),
     )
 

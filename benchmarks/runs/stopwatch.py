@@ -25,15 +25,19 @@ def report(
         seconds: Stop at the first batch after so long.
     """
     begin, cpu, first, done = time.perf_counter(), cpu_seconds(), 0.0, 0
+    half = (0.0, 0)  # time and cells when half of them were there
     for batch in open_batches():
         done += size(batch)
         first = first or time.perf_counter() - begin
+        if done <= cells / 2:
+            half = time.perf_counter() - begin, done
         if done >= cells or time.perf_counter() - begin > seconds:
             break
     wall = time.perf_counter() - begin
     say(
         cells=done,
         per_second=done / wall,
+        second_half_per_second=(done - half[1]) / (wall - half[0]),
         per_cpu_second=done / (cpu_seconds() - cpu),
         first_batch_seconds=first,
         peak_mb=peak_mb(),

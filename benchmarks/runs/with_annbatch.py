@@ -42,8 +42,9 @@ def batches(folder: Path, chunk: int, seed: int = 0) -> Iterator[Any]:
         DatasetCollection(str(folder / "annbatch.zarr")),
         load_adata=lambda group: anndata.AnnData(X=anndata.io.sparse_dataset(group["X"])),
     )
-    for batch in loader:
-        yield batch["X"]
+    while True:  # one epoch after another
+        for batch in loader:
+            yield batch["X"]
 
 
 def main(case: str, folder: Path, cells: int) -> None:

@@ -15,9 +15,11 @@ BATCH = 512
 
 def batches(path: Path, threads: int) -> Iterator[Any]:
     store = cellstream.open(str(path))
-    rows = np.random.default_rng(0).permutation(store.shape[0])
-    for start in range(0, len(rows), BATCH):
-        yield store.gather_rows(rows[start : start + BATCH], n_threads=threads)
+    rng = np.random.default_rng(0)
+    while True:  # one epoch after another
+        rows = rng.permutation(store.shape[0])
+        for start in range(0, len(rows), BATCH):
+            yield store.gather_rows(rows[start : start + BATCH], n_threads=threads)
 
 
 def main(case: str, folder: Path, cells: int) -> None:

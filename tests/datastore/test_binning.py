@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-from datastore import binning
 from datastore.binning import (
     bin_cells,
     bin_counts,
@@ -153,9 +152,7 @@ def test_sums_of_cells() -> None:
         assert library_sizes(np.array([0, length]), highest).tolist() == [65_535 * length]
 
 
-@pytest.mark.parametrize("cached_bytes", [1, 100, 1000, 2**21])
-def test_rows_are_spread_piece_by_piece(monkeypatch: pytest.MonkeyPatch, cached_bytes: int) -> None:
-    monkeypatch.setattr(binning, "_CACHED_BYTES", cached_bytes)
+def test_cells_are_spread() -> None:
     counts = random_counts(7, 37, 23, share=0.3)
     counts[[0, 5, 36]] = 0
     rows = sparse.csr_matrix(counts.astype(np.float32))

@@ -61,7 +61,7 @@ def test_the_order_equals_lists_laid_out_by_hand() -> None:
         own: list[list[list[int]]] = []  # of each part, lane by lane
         for number, (start, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
             seed = derive_key(5, "part", number) if number else 5
-            window = [75, 64, 64, 64][number]  # of 100: the share of cells, and not below a chunk
+            window = [75, 25, 25, 25][number]  # of 100: the share of cells, a quarter at the least
             mine = OrderConfig(lanes=lanes, block=8, window=window)
             alone = CellOrder(int(start), int(start) + size, seed, mine)
             laid_out = alone.positions(epoch, np.arange(size)).tolist()
