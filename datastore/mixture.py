@@ -29,7 +29,7 @@ from datastore.sampler import shuffle_keys, shuffled
 STRATUM: Final = 65_536
 """Places over all lanes in which the shares of the parts are even."""
 _SHORTEST_WINDOW: Final = 4
-"""The shortest window's part of the longest: one of less than a quarter of a chunk would hardly make
+"""The shortest window is this part of the longest: a quarter of a chunk; less would hardly make
 reads any shorter."""
 _GOLDEN_RATIO: Final = (5**0.5 - 1) / 2
 _SQUARE_ROOT: Final = 2**0.5
