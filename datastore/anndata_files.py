@@ -22,6 +22,7 @@ from datastore.stored_arrays import (
     read_values,
     refuse_incomplete,
     refuse_inconsistent,
+    refuse_lost_chunks,
 )
 
 
@@ -63,7 +64,9 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
             raise ValueError(
                 f"{path}: the matrix is {shape} but obs[{name!r}] has {num_values(column)} cells"
             )
-    if not is_array(matrix):
+    if is_array(matrix):
+        refuse_lost_chunks(matrix, path)
+    else:
         rows, others = shape[::-1] if _is_by_column(matrix) else shape
         refuse_inconsistent(matrix, rows, others, path)
     return RawCells(

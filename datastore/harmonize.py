@@ -81,7 +81,7 @@ def species_of(names: Iterable[str], source: str, tables: GeneTables = NO_TABLES
         ValueError: If the names are plainly of both.
     """
     plain = {"human": 0, "mouse": 0}
-    by_case = {"human": 0, "mouse": 0}
+    by_case: dict[str, list[str]] = {"human": [], "mouse": []}
     for name in names:
         species = tables.plain_species(name)
         if species is not None:
@@ -89,15 +89,24 @@ def species_of(names: Iterable[str], source: str, tables: GeneTables = NO_TABLES
         elif is_ensembl_id(name):
             continue  # of a third species
         elif is_mouse_symbol(name):
-            by_case["mouse"] += 1
+            by_case["mouse"].append(name)
         elif name.upper() == name:
-            by_case["human"] += 1
+            by_case["human"].append(name)
     if min(plain.values()) > _STRAY_SHARE * sum(plain.values()):
         raise ValueError(
             f"{source} mixes species: {plain['human']} genes are human, {plain['mouse']} mouse; "
             "split it into one file per species"
         )
-    votes = plain if sum(plain.values()) >= sum(by_case.values()) else by_case
+    cased = {which: len(found) for which, found in by_case.items()}
+    # Names that differ in case only: hardly any in one species, most genes of two.
+    both = set(by_case["human"]) & {name.upper() for name in by_case["mouse"]}
+    if 2 * len(both) > _STRAY_SHARE * sum(cased.values()):
+        gene = min(both)
+        raise ValueError(
+            f"{source} mixes species: {len(both)} genes are there as human and as mouse ones, such "
+            f"as {gene} and {gene.capitalize()}; split it into one file per species"
+        )
+    votes = plain if sum(plain.values()) >= sum(cased.values()) else cased
     if votes["human"] == votes["mouse"]:
         return None
     return "human" if votes["human"] > votes["mouse"] else "mouse"

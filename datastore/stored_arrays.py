@@ -18,6 +18,10 @@ _VALUES_AT_ONCE: Final = 2**23
 """Dense values decoded at once, so that a slice of a dense file needs little more than its CSR."""
 
 
+_SURELY_STORED: Final = 1000
+"""Counts expected in a chunk of a dense matrix before its absence means that it got lost."""
+
+
 def is_array(element: Any) -> bool:
     """Tell an array from a group of arrays."""
     return isinstance(element, h5py.Dataset | zarr.Array)
@@ -81,6 +85,38 @@ def refuse_incomplete(arrays: Mapping[str, Any], path: Path) -> None:
                 f"{path} is half-copied: {missing} of {array.nchunks} chunks of {name} are "
                 "missing; copy it again"
             )
+
+
+def refuse_lost_chunks(matrix: Any, path: Path) -> None:
+    """Refuse a dense Zarr matrix that has no counts at all where its other cells have many.
+
+    Chunks of zeros are not stored, so one that got lost cannot be told from them by name. But where
+    the same genes have a thousand counts and more in as many other cells, there is none of zeros.
+
+    Raises:
+        ValueError: If such a chunk is missing.
+    """
+    if not isinstance(matrix, zarr.Array) or matrix.nchunks_initialized == matrix.nchunks:
+        return
+    height, width = matrix.shards or matrix.chunks
+    tops, lefts = range(0, matrix.shape[0], height), range(0, matrix.shape[1], width)
+    stored = np.array(
+        [
+            [np.count_nonzero(matrix[top : top + height, left : left + width]) for left in lefts]
+            for top in tops
+        ]
+    )
+    cells = np.minimum(height, matrix.shape[0] - np.array(tops))[:, None]
+    per_cell = stored.sum(axis=0) / np.maximum((cells * (stored > 0)).sum(axis=0), 1)
+    lost = np.argwhere((stored == 0) & (per_cell * cells >= _SURELY_STORED))
+    if len(lost):
+        top, left = lost[0] * (height, width)
+        bottom, right = np.minimum((top + height, left + width), matrix.shape) - 1
+        raise ValueError(
+            f"{path} is half-copied: {len(lost)} chunks of {matrix.name} hold nothing, such as "
+            f"cells {top} to {bottom} of genes {left} to {right}, where other cells have counts; "
+            "copy it again"
+        )
 
 
 def refuse_inconsistent(group: Any, num_rows: int, num_columns: int, path: Path) -> None:

@@ -265,6 +265,12 @@ def test_mouse_sources_find_human_genes(tmp_path: Path) -> None:
             id="symbols of both",
         ),
         pytest.param(
+            ["LYZ", "CD19", "Cd19", "Lyz"],  # no table knows these
+            ("CD3E", "MS4A1"),
+            "pbmc mixes species: 2 genes are there as human and as mouse ones, such as CD19 and Cd",
+            id="symbols of both, told by case",
+        ),
+        pytest.param(
             ["ENSG00000198851", "ENSMUSG00000032093"],
             ("CD3E", "MS4A1"),
             "pbmc mixes species: 1 genes are human, 1 mouse",

@@ -1,13 +1,14 @@
-"""Sparse arrays of Zarr whose pointers are not all stored: empty rows, or a chunk that got lost."""
+"""Arrays of Zarr that are not all stored: empty rows and zeros, or a chunk that got lost."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from scipy import sparse
 
-from datastore.stored_arrays import compressed_rows, refuse_inconsistent
+from datastore.stored_arrays import compressed_rows, refuse_inconsistent, refuse_lost_chunks
 
 NUM_GENES, CHUNK = 5, 4
 
@@ -38,3 +39,38 @@ def test_lost_pointers_are_refused(tmp_path: Path, lost: int) -> None:
     group = zarr.open_group(tmp_path / "a.zarr", mode="r")
     with pytest.raises(ValueError, match=r"half-copied: 1 of 4 chunks of .*indptr are missing"):
         refuse_inconsistent(group, 12, NUM_GENES, tmp_path)
+
+
+def dense_zarr(path: Path, counts: Any, chunks: tuple[int, int], **more: Any) -> Any:
+    array = zarr.create_array(path, shape=counts.shape, chunks=chunks, dtype="float32", **more)
+    array[:] = counts
+    return array
+
+
+@pytest.mark.parametrize("shards", [None, (100, 60)])
+@pytest.mark.parametrize(("row", "column"), [(1, 0), (3, 1), (4, 0), (0, 2)])
+def test_a_chunk_of_a_dense_matrix_that_got_lost_is_found(
+    tmp_path: Path, row: int, column: int, shards: tuple[int, int] | None
+) -> None:
+    counts = np.random.default_rng(0).poisson(0.3, (450, 150)).astype(np.float32)
+    chunks = (100, 60) if shards is None else (50, 30)
+    array = dense_zarr(tmp_path / "X", counts, chunks, shards=shards)
+    refuse_lost_chunks(array, tmp_path)
+    (tmp_path / "X" / "c" / str(row) / str(column)).unlink()
+    array = zarr.open_array(tmp_path / "X")
+    if row == 4 or column == 2:  # half a chunk, about 780 counts: too few to be sure
+        refuse_lost_chunks(array, tmp_path)
+        return
+    which = f"cells {100 * row} to {100 * row + 99} of genes {60 * column} to {60 * column + 59}"
+    with pytest.raises(ValueError, match=rf"half-copied: 1 chunks of .*, such as {which}"):
+        refuse_lost_chunks(array, tmp_path)
+
+
+def test_chunks_of_zeros_are_no_loss(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).poisson(0.3, (400, 200)).astype(np.float32)
+    counts[:, 50:100] = 0  # genes that no cell expresses
+    counts[::7, 50:60] = 1  # but for a few of them
+    counts[100:200, 50:60] = 0
+    array = dense_zarr(tmp_path / "X", counts, (100, 50))
+    assert array.nchunks_initialized < array.nchunks
+    refuse_lost_chunks(array, tmp_path)
