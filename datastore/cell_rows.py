@@ -1,42 +1,15 @@
 """Rows of flat arrays, cut one behind the other or spread over the panel.
 
-A native kernel does either in half of the time NumPy takes, for it fetches the next rows ahead and
-writes each byte of a wide batch to memory once (docs/performance_loader.md). Where it cannot be
-compiled, and for types that it does not know, NumPy does the same.
+The kernels fetch the next rows ahead and write a wide batch to memory once. Where there
+are none, and for types that they do not know, NumPy does the same.
 """
 
-import ctypes
-import functools
-import logging
-import subprocess
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datastore.compiling import compile_library
-
-log = logging.getLogger(__name__)
-
-_SOURCE: Final = Path(__file__).parent / "cell_rows.cpp"
-_FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-shared")
-
-
-@functools.cache
-def missing() -> str | None:
-    """What this machine lacks to run the kernel, or None; compiles it at the first call."""
-    try:
-        _library()
-    except (OSError, subprocess.SubprocessError) as problem:
-        log.debug("rows are cut by NumPy: %s", problem)
-        return str(problem)
-    return None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compile_library("cell_rows", [_SOURCE], _FLAGS)))
+from datastore import kernels
 
 
 def cut(
@@ -56,9 +29,9 @@ def cut(
     length = int(np.sum(stops - starts))
     if length != len(out) or values.dtype != out.dtype:
         raise ValueError(f"{length} values of {values.dtype} do not fit {len(out)} of {out.dtype}")
-    if missing() is None:
-        width = ctypes.c_int64(values.dtype.itemsize)
-        wrong = _call("cut_rows", values, width, *_ranges(starts, stops, values), out)
+    if kernels.has("cut_rows"):
+        width = values.dtype.itemsize
+        wrong = kernels.call("cut_rows", values, width, *_ranges(starts, stops, values), out)
     else:
         wrong = _outside(starts, stops, len(values))
         if wrong < 0 and len(starts):
@@ -89,10 +62,10 @@ def spread(
     name = "_".join(("spread", *(each.dtype.str[1:] for each in (genes, values, out))))
     if len(genes) != len(values) or len(out) != len(starts):
         raise ValueError(f"{len(genes)} genes, {len(values)} values; {len(starts)} of {len(out)}")
-    if missing() is None and hasattr(_library(), name) and out.flags.c_contiguous:
-        panel = ctypes.c_int64(out.shape[1])
+    if kernels.has(name):
         genes, values = np.ascontiguousarray(genes), np.ascontiguousarray(values)
-        wrong = _call(name, genes, values, *_ranges(starts, stops, values), out, panel)
+        ranges = _ranges(starts, stops, values)
+        wrong = kernels.call(name, genes, values, *ranges, out, out.shape[1])
         if wrong == len(starts):
             raise MemoryError(f"there is no memory for {out.shape[1]} genes")
     else:
@@ -123,19 +96,9 @@ def _spread_with_numpy(
 
 def _ranges(
     starts: NDArray[np.int64], stops: NDArray[np.int64], values: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], ctypes.c_int64, ctypes.c_int64]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
     edges = [np.ascontiguousarray(edge, np.int64) for edge in (starts, stops)]
-    return edges[0], edges[1], ctypes.c_int64(len(starts)), ctypes.c_int64(len(values))
-
-
-def _call(name: str, *arguments: Any) -> int:
-    function = getattr(_library(), name)
-    function.restype = ctypes.c_int64
-    pointers = (
-        ctypes.c_void_p(each.ctypes.data) if isinstance(each, np.ndarray) else each
-        for each in arguments
-    )
-    return int(function(*pointers))
+    return edges[0], edges[1], len(starts), len(values)
 
 
 def _outside(starts: NDArray[np.int64], stops: NDArray[np.int64], length: int) -> int:

@@ -6,6 +6,7 @@ gathered as one array instead of two.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from datastore import kernels
 from datastore.genes import align_counts
 from datastore.randomness import derive_key, mix
 
@@ -22,6 +24,8 @@ _WIDE: Final = np.dtype(np.uint64)
 # Cells whose numbers stay in a core's cache from one step to the next.
 _CELLS_AT_ONCE: Final = 64
 _CELLS_HASHED_AT_ONCE: Final = 16
+_DONE: Final = -1
+_NO_MEMORY: Final = -2
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ def _pack(
     if largest > np.iinfo(np.uint32).max:
         raise ValueError(f"a gene's columns add up to {largest}, which no raw count reaches")
     kind = _NARROW if max(num_genes - 1, largest) <= np.iinfo(np.uint16).max else _WIDE
+    kernel = f"pack_{matrix.indices.dtype.str[1:]}_{matrix.data.dtype.str[1:]}"
+    if kind == _NARROW and kernels.has(kernel):
+        return _pack_natively(kernel, matrix, places, num_genes)
     gene_bits = (np.maximum(places, 0) << _count_bits(kind)).astype(kind)
     known = places >= 0
     packed = np.empty(matrix.nnz, kind)
@@ -102,6 +109,19 @@ def _pack(
         packed[filled : filled + len(block)] = block
         indptr[start + 1 : start + len(pointers)] = filled + edges[1:]
     return PackedCells(indptr, packed[: indptr[-1]])
+
+
+def _pack_natively(
+    kernel: str, matrix: sparse.csr_matrix, places: NDArray[np.int64], num_genes: int
+) -> PackedCells | None:
+    packed = np.empty(matrix.nnz, _NARROW)
+    indptr = np.zeros(matrix.shape[0] + 1, np.int64)
+    edges, at = matrix.indptr.astype(np.int64), places.astype(np.int32)
+    sizes = matrix.shape[0], at, len(at), num_genes
+    state = kernels.call(kernel, matrix.indices, matrix.data, edges, *sizes, packed, indptr)
+    if state == _NO_MEMORY:
+        raise MemoryError(f"there is no memory for {num_genes} genes")
+    return PackedCells(indptr, packed[: indptr[-1]]) if state == _DONE else None
 
 
 def _repeats_a_gene(packed: Packed, edges: NDArray[np.int64]) -> bool:
@@ -137,6 +157,11 @@ def widen(packed: Packed) -> Packed:
 
 def packed_digests(cells: PackedCells, num_genes: int) -> NDArray[np.uint64]:
     """Hash each cell's counts; see `content_digests`."""
+    if cells.packed.dtype == _NARROW and kernels.has("hash_packed"):
+        digests = np.empty(len(cells.indptr) - 1, np.uint64)
+        weights, num_cells = _weights(num_genes), len(digests)
+        kernels.call("hash_packed", cells.packed, cells.indptr, num_cells, weights, digests)
+        return digests
     genes, counts = unpack_genes(cells.packed), unpack_counts(cells.packed)
     return content_digests(cells.indptr, genes, counts, num_genes)
 
@@ -157,7 +182,7 @@ def content_digests(
     Returns:
         Hashes, (B,); 0 for a cell without counts.
     """
-    weights = mix(derive_key(0, "content"), np.arange(num_genes)) | np.uint64(1)
+    weights = _weights(num_genes)
     digests = np.zeros(len(indptr) - 1, np.uint64)
     filled = np.flatnonzero(np.diff(indptr))
     for first in range(0, len(filled), _CELLS_HASHED_AT_ONCE):
@@ -167,6 +192,12 @@ def content_digests(
         products *= counts[start:stop]
         digests[rows] = np.add.reduceat(products, indptr[rows] - start)
     return digests
+
+
+@lru_cache(maxsize=2)
+def _weights(num_genes: int) -> NDArray[np.uint64]:
+    """A random number of each gene."""
+    return mix(derive_key(0, "content"), np.arange(num_genes)) | np.uint64(1)
 
 
 def _halves(packed: Packed) -> Packed:

@@ -33,7 +33,7 @@ def _main(argv: list[str] | None) -> int:
         checks.check_compiler(os.environ, shutil.which),
         checks.check_deepspeed_ops(checks.extensions_folder(os.environ)),
         checks.check_attention_kernel(),
-        checks.check_loader_kernel(),
+        checks.check_store_kernels(),
         checks.check_mlflow(options.tracking_uri, os.environ, Path.cwd()),
         *map(checks.check_store, options.store),
         checks.check_cluster_tools(shutil.which),

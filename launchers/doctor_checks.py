@@ -171,13 +171,13 @@ def check_attention_kernel() -> Finding:
     return Finding("attention kernel", "ok", "native, in float32 and bf16")
 
 
-def check_loader_kernel() -> Finding:
-    """Whether batches are cut by native code, which is twice as fast."""
-    from datastore.cell_rows import missing
+def check_store_kernels() -> Finding:
+    """Whether batches are cut and cells packed by native code, which is twice as fast."""
+    from datastore.kernels import missing
 
     if reason := missing():
-        return Finding("loader kernel", "warning", reason, "batches are cut by NumPy")
-    return Finding("loader kernel", "ok", "native")
+        return Finding("store kernels", "warning", reason, "NumPy does their work")
+    return Finding("store kernels", "ok", "native")
 
 
 def check_mlflow(uri: str | None, environ: Mapping[str, str], cwd: Path) -> Finding:

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore import cell_rows
+from datastore import cell_rows, kernels
 
 
 @pytest.fixture(params=["native", "numpy"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two does it; what is tested must run, so a missing compiler is a failure."""
-    assert cell_rows.missing() is None
+    assert kernels.missing() is None
     if request.param == "numpy":
-        monkeypatch.setattr(cell_rows, "missing", lambda: "not wanted")
+        monkeypatch.setattr(kernels, "missing", lambda: "not wanted")
     else:
         monkeypatch.setattr(cell_rows, "_outside", None)  # which NumPy's way begins with
     return str(request.param)
@@ -119,12 +119,12 @@ def test_arrays_that_do_not_belong_together(way: str) -> None:
 def test_without_a_compiler_numpy_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SCBERT_KERNEL_CACHE", str(tmp_path))
-    cell_rows.missing.cache_clear()
-    cell_rows._library.cache_clear()
+    kernels.missing.cache_clear()
+    kernels._library.cache_clear()
     try:
-        assert "no C++ compiler" in str(cell_rows.missing())
+        assert "no C++ compiler" in str(kernels.missing())
         out = np.empty(2, np.uint16)
         cell_rows.cut(np.arange(4, dtype=np.uint16), np.array([2]), np.array([4]), out)
         assert out.tolist() == [2, 3]
     finally:
-        cell_rows.missing.cache_clear()
+        kernels.missing.cache_clear()

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
+from datastore import kernels
 from datastore.genes import align_counts
 from datastore.packing import (
     PackedCells,
@@ -17,6 +18,15 @@ from datastore.packing import (
     unpack_genes,
     widen,
 )
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs by the kernels and by NumPy; a missing compiler is a failure."""
+    assert kernels.missing() is None
+    if request.param == "numpy":
+        monkeypatch.setattr(kernels, "missing", lambda: "not wanted")
+    return str(request.param)
 
 
 def dense(cells: PackedCells, num_genes: int) -> NDArray[np.int64]:
@@ -66,6 +76,28 @@ def test_packing_is_alignment(places: str, num_cells: int, kind: type) -> None:
     np.testing.assert_array_equal(cells.indptr, by_scipy.indptr)
     np.testing.assert_array_equal(unpack_genes(cells.packed), by_scipy.indices)
     np.testing.assert_array_equal(unpack_counts(cells.packed), by_scipy.data)
+
+
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, np.uint16, np.int32, np.uint32, np.int64, np.uint8]
+)
+def test_all_types_of_counts(way: str, kind: type, index: type) -> None:
+    counts = matrix(40, 200, high=250)
+    raw = sparse.csr_matrix(counts.astype(kind))
+    raw.indices, raw.indptr = raw.indices.astype(index), raw.indptr.astype(index)
+    kernel = f"pack_{raw.indices.dtype.str[1:]}_{raw.data.dtype.str[1:]}"
+    assert kernels.has(kernel) == (way == "native" and kind is not np.uint8)
+    places = np.random.default_rng(1).permutation(300)[:200]
+    np.testing.assert_array_equal(
+        dense(pack_counts(raw, places, 300), 300), aligned(counts, places, 300)
+    )
+
+
+def test_a_column_that_the_source_does_not_have_is_refused() -> None:
+    raw = sparse.csr_matrix(np.eye(3, dtype=np.float32))
+    with pytest.raises(IndexError):
+        pack_counts(raw, np.arange(2), 3)
 
 
 def test_files_may_be_unsorted_name_a_gene_twice_and_store_zeros() -> None:
