@@ -18,7 +18,14 @@ Family = Literal["bf16", "float32"]
 
 COMMON_FLAGS: Final = "-std=c++17 -O3 -w -fPIC -shared -pthread -ffp-contract=fast"
 SOURCES: Final[Mapping[Family, tuple[str, ...]]] = {
-    "bf16": ("favor_native.cpp", "feed_forward_native.cpp", "native_tiles.h", "native_threads.h"),
+    "bf16": (
+        "favor_native.cpp",
+        "favor_strips.h",
+        "feed_forward_native.cpp",
+        "feed_forward_plan.h",
+        "native_tiles.h",
+        "native_threads.h",
+    ),
     "float32": (
         "float32_attention.cpp",
         "float32_feed_forward.cpp",

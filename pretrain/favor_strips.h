@@ -1,0 +1,293 @@
+// What a worker of the attention keeps, and what it does to a strip of 32 rows of one head
+// (pretrain/favor_native.cpp walks along the cells with it).
+#pragma once
+
+#include "native_tiles.h"
+
+struct Rows {  // a (tokens, heads, dim) tensor whose last dimension is dense; strides in elements
+  bf16* data;
+  i64 token, head;
+  bf16* at(i64 t, i64 h) const { return data + t * token + h * head; }
+};
+
+struct Call {  // mirrored by ctypes in pretrain/favor_native.py
+  Rows q, k, v, out, grad, grad_q, grad_k, grad_v;
+  const float* directions;             // (m, d), scaled by d^-1/4
+  const i64 *offsets, *query_offsets;  // (cells + 1)
+  float* divisors;                     // (queries, heads): what each attended value was divided by
+  float* sums;                         // (cells, heads, d + 1, M): S transposed, then z
+  float* maxima;                       // (cells, heads): largest exponent of the keys
+  i64 cells, heads, dim, features, threads;
+  double epsilon, scale;  // scale = d^-1/4
+};
+
+namespace {
+
+constexpr float FAR = 1e30f;  // subtracted from an exponent, leaves a feature of zero
+constexpr int BLOCK = 256;  // rows whose features are kept until they are summed
+constexpr i64 MOST_HEADS = 16;  // of a worker: what is kept for each, 150 KB, has to stay in cache
+
+struct Strips {
+  const Call& call;
+  const i64 d, m;       // as given
+  const i64 D, M, MK;   // d and m rounded up to 32; m to 16 (columns) and to 32 (when summed over)
+  const float eps;
+  Memory memory;
+  Tiles tiles;
+
+  float *x, *dphi;                       // a strip's exponents, then features; their gradients
+  float *small, *row_a, *row_b;          // a strip's product (32 x D); one number per row
+  bf16 *strip, *other, *third, *e_rows;  // a strip of q, k, v or grad (32 x D); features as A
+  uint32_t* e_pairs;                     // a block's features, paired along the tokens (256 x M)
+  bf16* columns;                         // a block of v or grad, transposed (D x 256)
+  uint32_t *forth, *back;                // directions as B: (D x M), and transposed (MK x D)
+  i64 filled = 0;                        // rows of the block
+
+  struct Head {  // what is kept for each head; the names below are the current one's
+    float *sum, *count, *floor;       // S or dS, transposed (D x M); z or dz (M); Σ of v or grad
+    uint32_t *by_feature, *by_width;  // S or dS as B: summed over m, (MK x D), or d, (D x M)
+    float maximum, base;              // largest exponent of keys; what ε adds to divisors, to dz
+  };
+  std::vector<Head> heads;
+  i64 head = 0;  // the current one, of the call's
+  float *sum, *count, *floor;
+  uint32_t *by_feature, *by_width;
+
+  Strips(const Call& c, i64 num_heads)
+      : call(c), d(c.dim), m(c.features), D(round_up(d, 32)), M(round_up(m, 16)),
+        MK(round_up(m, 32)), eps(float(c.epsilon)) {
+    x = make<float>(STRIP * M), dphi = make<float>(STRIP * M);
+    small = make<float>(STRIP * D), row_a = make<float>(STRIP), row_b = make<float>(STRIP);
+    strip = make<bf16>(STRIP * D), other = make<bf16>(STRIP * D), third = make<bf16>(STRIP * D);
+    e_rows = make<bf16>(STRIP * MK);
+    e_pairs = make<uint32_t>(BLOCK / 2 * M), columns = make<bf16>(D * BLOCK);
+    for (i64 h = 0; h < num_heads; ++h)
+      heads.push_back({make<float>(D * M), make<float>(M), make<float>(D),
+                       make<uint32_t>(MK / 2 * D), make<uint32_t>(D / 2 * M), 0, 0});
+    sum = heads[0].sum;
+    forth = make<uint32_t>(D / 2 * M), back = make<uint32_t>(MK / 2 * D);
+    // The directions, transposed, lie in `sum` for a moment: (D x M) as S does.
+    for (i64 j = 0; j < m; ++j)
+      for (i64 i = 0; i < d; ++i) sum[i * M + j] = c.directions[j * d + i];
+    pack_by_width(forth);
+    pack_by_feature(back);
+  }
+
+  Head& turn_to(i64 first_head, i64 h) {
+    Head& own = heads[h];
+    head = first_head + h;
+    sum = own.sum, count = own.count, floor = own.floor;
+    by_feature = own.by_feature, by_width = own.by_width;
+    return own;
+  }
+
+  // Call `strip_of(own, t, n)` for the tokens [first, last) of all heads, in strips of n rows.
+  template <class Step> void walk(i64 first_head, i64 num, i64 first, i64 last, Step strip_of) {
+    for (i64 from = first; from < last; from += BLOCK)
+      for (i64 h = 0; h < num; ++h) {
+        Head& own = turn_to(first_head, h);
+        const i64 to = std::min(from + BLOCK, last);
+        for (i64 t = from; t < to; t += STRIP) strip_of(own, t, std::min<i64>(STRIP, to - t));
+        flush();
+      }
+  }
+
+  template <class T> T* make(i64 n) { return memory.make<T>(n); }
+
+  __mmask16 lanes(i64 j) const { return m - j >= 16 ? 0xffff : (1u << (m - j)) - 1; }
+
+  // `sum` (D x M) as B of products over the width (K = D).
+  void pack_by_width(uint32_t* to) {
+    for (i64 i = 0; i < D; i += 2)
+      for (i64 j = 0; j < M; j += 16)
+        _mm512_storeu_si512(to + i / 2 * M + j,
+                            pair(load(sum + i * M + j), load(sum + (i + 1) * M + j)));
+  }
+
+  // `sum` as B of products over the features (K = MK): pairs lie along its rows.
+  void pack_by_feature(uint32_t* to) {
+    for (i64 j = 0; j < MK; j += 32)
+      for (i64 i = 0; i < D; i += 16) {
+        __m512i r[16];
+        for (int a = 0; a < 16; ++a) {
+          const float* row = sum + (i + a) * M + j;
+          r[a] = narrow(load(row), j + 16 < M ? load(row + 16) : _mm512_setzero_ps());
+        }
+        transpose(r);
+        for (int a = 0; a < 16; ++a) _mm512_storeu_si512(to + (j / 2 + a) * D + i, r[a]);
+      }
+  }
+
+  __mmask32 dims(i64 i) const { return d - i >= 32 ? ~0u : (1u << (d - i)) - 1; }
+
+  // Copy rows [t, t + n) of a head; rows and columns beyond are zero.
+  void fetch(bf16* to, const Rows& from, i64 t, i64 n) {
+    const bf16* row = from.at(t, head);
+    const i64 ahead = STRIP * from.token;  // the next strip's
+    for (i64 r = 0; r < n; ++r, row += from.token)
+      for (i64 i = 0; i < d; i += 32) {
+        _mm_prefetch((const char*)(row + ahead + i), _MM_HINT_T0);
+        _mm512_storeu_si512(to + r * D + i, _mm512_maskz_loadu_epi16(dims(i), row + i));
+      }
+    std::memset(to + n * D, 0, (STRIP - n) * D * 2);
+  }
+
+  // Round the strip in `small` (32 x D) into rows [t, t + n).
+  void store(const Rows& to, i64 t, i64 n) {
+    bf16* row = to.at(t, head);
+    for (i64 r = 0; r < n; ++r, row += to.token)
+      for (i64 i = 0; i < d; i += 32) {
+        const float* from = small + r * D + i;
+        _mm512_mask_storeu_epi16(row + i, dims(i), narrow(load(from), load(from + 16)));
+      }
+  }
+
+  // Put a strip's rows, as columns, behind those the block has, and add them up in `floor`.
+  void append_columns(const bf16* rows) {
+    for (i64 i = 0; i < D; i += 16) {
+      __m512i r[16];
+      __m512 total = load(floor + i);
+      for (int a = 0; a < 16; ++a) {
+        __m256i even = _mm256_loadu_si256((const __m256i*)(rows + 2 * a * D + i));
+        __m256i odd = _mm256_loadu_si256((const __m256i*)(rows + (2 * a + 1) * D + i));
+        total = _mm512_add_ps(total, _mm512_add_ps(widen(even), widen(odd)));
+        r[a] = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+      }
+      _mm512_storeu_ps(floor + i, total);
+      transpose(r);
+      for (int a = 0; a < 16; ++a) _mm512_storeu_si512(columns + (i + a) * BLOCK + filled, r[a]);
+    }
+  }
+
+  // sum += columns x features of the block, and begin the next one.
+  void flush() {
+    if (filled) multiply(sum, columns, BLOCK, e_pairs, M, filled, true, D);
+    filled = 0;
+  }
+
+  void clear_sums() {
+    std::fill_n(sum, D * M, 0.f), std::fill_n(count, M, 0.f), std::fill_n(floor, D, 0.f);
+  }
+
+  // row_a = what to subtract from the exponents of each key, |k|²/2; FAR beyond the cell.
+  void half_squares(const bf16* keys, i64 n) {
+    const float half = float(call.scale * call.scale / 2);
+    for (i64 r = 0; r < STRIP; ++r) {
+      __m512 total = _mm512_setzero_ps();
+      for (i64 i = 0; i < D; i += 16) {
+        __m512 k = load_bf16(keys + r * D + i);
+        total = _mm512_fmadd_ps(k, k, total);
+      }
+      row_a[r] = r < n ? half * _mm512_reduce_add_ps(total) : FAR;
+    }
+  }
+
+  // row_a = the largest exponent of each query.
+  void row_maxima() {
+    for (i64 r = 0; r < STRIP; ++r) {
+      __m512 top = all(-INFINITY);
+      for (i64 j = 0; j < M; j += 16)
+        top = _mm512_mask_max_ps(top, lanes(j), top, load(x + r * M + j));
+      row_a[r] = _mm512_reduce_max_ps(top);
+    }
+  }
+
+  // Features of a strip's exponents, exp(x - row_a), two rows at a time, in the forms asked for.
+  //   ROWS: as A in e_rows. PAIRS: as B in e_pairs. KEEP: as floats in x.
+  //   `weights`: count += Σ weight of the row x features; `z`: row_b = features . z.
+  template <bool ROWS, bool PAIRS, bool KEEP>
+  void features(const float* weights, const float* z) {
+    for (i64 r = 0; r < STRIP; r += 2) {
+      __m512 dots[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      const __m512 weight[2] = {all(weights ? weights[r] : 0), all(weights ? weights[r + 1] : 0)};
+      const __m512 less[2] = {all(row_a[r] * LOG2E), all(row_a[r + 1] * LOG2E)};
+      float* rows[2] = {x + r * M, x + (r + 1) * M};
+      uint32_t* pairs = e_pairs + (filled + r) / 2 * M;
+      bf16* narrow_rows[2] = {e_rows + r * MK, e_rows + (r + 1) * MK};
+      auto step = [&](i64 j, auto whole) __attribute__((always_inline)) {
+        __m512 e[2][2] = {};
+        for (i64 h = 0; h < 2 && (whole || j + 16 * h < M); ++h) {
+          const i64 at = j + 16 * h;
+          for (int i = 0; i < 2; ++i) {
+            e[i][h] = exp2(_mm512_fmsub_ps(load(rows[i] + at), all(LOG2E), less[i]));
+            if (!whole) e[i][h] = _mm512_maskz_mov_ps(lanes(at), e[i][h]);
+            if (KEEP) _mm512_storeu_ps(rows[i] + at, e[i][h]);
+          }
+          if (PAIRS) _mm512_storeu_si512(pairs + at, pair(e[0][h], e[1][h]));
+          if (weights) {
+            const __m512 total = _mm512_fmadd_ps(weight[0], e[0][h], load(count + at));
+            _mm512_storeu_ps(count + at, _mm512_fmadd_ps(weight[1], e[1][h], total));
+          }
+          if (z)
+            for (int i = 0; i < 2; ++i) dots[i] = _mm512_fmadd_ps(e[i][h], load(z + at), dots[i]);
+        }
+        if (ROWS)
+          for (int i = 0; i < 2; ++i)
+            _mm512_storeu_si512(narrow_rows[i] + j, narrow(e[i][0], e[i][1]));
+      };
+      i64 j = 0;
+      for (; j + 32 <= m; j += 32) step(j, std::true_type{});
+      for (; j < MK; j += 32) step(j, std::false_type{});
+      if (z) row_b[r] = _mm512_reduce_add_ps(dots[0]), row_b[r + 1] = _mm512_reduce_add_ps(dots[1]);
+    }
+  }
+
+  // e_rows = x (features) times their gradient, dphi + weight of the row x z; row_b = sum of each.
+  void feature_gradients(const float* weights, const float* z) {
+    for (i64 r = 0; r < STRIP; ++r) {
+      const __m512 w = all(weights ? weights[r] : 1);
+      __m512 total = _mm512_setzero_ps();
+      for (i64 j = 0; j < MK; j += 32) {
+        __m512 g[2] = {};
+        for (i64 h = 0; h < 2 && j + 16 * h < M; ++h) {
+          const i64 at = j + 16 * h;
+          g[h] = _mm512_fmadd_ps(w, load(z + at), load(dphi + r * M + at));
+          g[h] = _mm512_mul_ps(g[h], load(x + r * M + at));
+          total = _mm512_add_ps(total, g[h]);
+        }
+        _mm512_storeu_si512(e_rows + r * MK + j, narrow(g[0], g[1]));
+      }
+      row_b[r] = _mm512_reduce_add_ps(total);
+    }
+  }
+
+  // The ε of every feature: add its share to S (or dS), and make `floor` what it adds to a read.
+  void add_epsilon() {
+    for (i64 i = 0; i < D; ++i) {
+      const __m512 share = all(eps * floor[i]);
+      __m512 total = _mm512_setzero_ps();
+      for (i64 j = 0; j < m; j += 16) {
+        const __m512 more = _mm512_mask_add_ps(load(sum + i * M + j), lanes(j),
+                                               load(sum + i * M + j), share);
+        _mm512_storeu_ps(sum + i * M + j, more);
+        total = _mm512_add_ps(total, more);  // beyond m there are zeros
+      }
+      floor[i] = eps * _mm512_reduce_add_ps(total);
+    }
+  }
+
+  // Exponents of the strip; for keys, with what to subtract from them in row_a.
+  void exponents() { multiply(x, strip, D, forth, M, D); }
+
+  // Raise the running maximum to the largest exponent of the strip; what was summed shrinks.
+  float raise(float maximum) {
+    __m512 top = all(-INFINITY);
+    for (i64 r = 0; r < STRIP; ++r)
+      for (i64 j = 0; j < M; j += 16) {
+        __m512 complete = _mm512_sub_ps(load(x + r * M + j), all(row_a[r]));
+        top = _mm512_mask_max_ps(top, lanes(j), top, complete);
+      }
+    const float largest = _mm512_reduce_max_ps(top);
+    if (largest <= maximum) return maximum;
+    flush();
+    const float shrink = std::exp(maximum - largest);
+    for (i64 i = 0; i < D * M; ++i) sum[i] *= shrink;
+    for (i64 j = 0; j < M; ++j) count[j] *= shrink;
+    return largest;
+  }
+
+  float* saved(i64 cell) const { return call.sums + (cell * call.heads + head) * (D + 1) * M; }
+};
+
+}  // namespace
