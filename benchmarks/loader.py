@@ -6,7 +6,7 @@
 
 Each case runs in a process of its own; all cases take turns, round after round (`turns`). Peers are
 installed with pip into environments inside the working folder; one that cannot be installed is
-named, and its ratios are null. Each case reads two epochs of shuffled cells: the memory that a
+named, and its ratios are null. Shuffling loaders read two epochs: the memory that a
 process touches for the first time is a third of the first. The full run takes about ten minutes on
 two quiet cores, a minute or two of which prepare data and environments.
 """

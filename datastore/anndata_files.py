@@ -64,9 +64,7 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
             raise ValueError(
                 f"{path}: the matrix is {shape} but obs[{name!r}] has {num_values(column)} cells"
             )
-    if is_array(matrix):
-        refuse_lost_chunks(matrix, path)
-    else:
+    if not is_array(matrix):
         rows, others = shape[::-1] if _is_by_column(matrix) else shape
         refuse_inconsistent(matrix, rows, others, path)
     return RawCells(
@@ -77,13 +75,18 @@ def _anndata_cells(file: Any, path: Path, options: ReadOptions) -> RawCells:
         place=place,
         counts=_anndata_rows(matrix, shape),
         num_counts=(
-            partial(dense_counts, matrix, False)
+            partial(_whole_dense_counts, matrix, path)
             if is_array(matrix)
             else lambda: int(matrix["data"].shape[0])
         ),
         by_row=not is_array(matrix),
         whole=not is_array(matrix) and _is_by_column(matrix),
     )
+
+
+def _whole_dense_counts(matrix: Any, path: Path) -> int:
+    refuse_lost_chunks(matrix, path)  # here, for this is asked once and not with every slice
+    return dense_counts(matrix, False)
 
 
 def _anndata_matrix(file: Any, path: Path, layer: str | None) -> tuple[Any, Any, str]:

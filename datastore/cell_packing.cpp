@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kDone = -1, kNoMemory = -2;
 
-// Returns kDone, or the first row with a gene that is there twice or is none of the source's.
+// Returns kDone, or the first row with a gene that is there twice or in neither source nor panel.
 template <class Index, class Value>
 int64_t pack(const Index* genes, const Value* values, const int64_t* edges, int64_t rows,
              const int32_t* places, int64_t source_genes, int64_t panel, uint32_t* packed,
@@ -26,6 +26,7 @@ int64_t pack(const Index* genes, const Value* values, const int64_t* edges, int6
       if (static_cast<uint64_t>(genes[at]) >= static_cast<uint64_t>(source_genes)) return row;
       const int32_t place = places[genes[at]];
       const uint16_t count = static_cast<uint16_t>(static_cast<uint32_t>(values[at]));
+      if (place >= panel) return row;
       if (place < 0 || !count) continue;
       uint64_t& word = present[place >> 6];
       const uint64_t bit = uint64_t{1} << (place & 63);
@@ -49,13 +50,16 @@ int64_t pack(const Index* genes, const Value* values, const int64_t* edges, int6
 
 }  // namespace
 
-// The sum over a cell's counts of each count times the weight of its gene, modulo 2^64.
+// The sum over a cell's counts of each count times the weight of its gene, modulo 2^64. Returns kDone,
+// or the first row with a gene outside the panel.
 extern "C" int64_t hash_packed(const uint32_t* packed, const int64_t* edges, int64_t rows,
-                               const uint64_t* weights, uint64_t* digests) {
+                               const uint64_t* weights, int64_t panel, uint64_t* digests) {
   for (int64_t row = 0; row < rows; ++row) {
     uint64_t sum = 0;
-    for (int64_t at = edges[row]; at < edges[row + 1]; ++at)
+    for (int64_t at = edges[row]; at < edges[row + 1]; ++at) {
+      if (packed[at] >> 16 >= panel) return row;
       sum += weights[packed[at] >> 16] * (packed[at] & 0xFFFF);
+    }
     digests[row] = sum;
   }
   return kDone;

@@ -21,16 +21,16 @@ def cut(
         values: The array, (N,).
         starts: First value of each range, (B,).
         stops: Behind the last value of each range, (B,).
-        out: Where to, of the same type and of the ranges' length together.
+        out: Where to, contiguous, of the same type and of the ranges' length together.
 
     Raises:
-        ValueError: If a range lies outside the array, or the ranges are longer than `out`.
+        ValueError: If a range lies outside the array, or `out` is of another length or type.
     """
     length = int(np.sum(stops - starts))
-    if length != len(out) or values.dtype != out.dtype:
+    if length != len(out) or values.dtype != out.dtype or not out.flags.writeable:
         raise ValueError(f"{length} values of {values.dtype} do not fit {len(out)} of {out.dtype}")
-    if kernels.has("cut_rows"):
-        width = values.dtype.itemsize
+    if kernels.has("cut_rows") and out.dtype.isnative:
+        width, (values,) = values.dtype.itemsize, kernels.fit(values)
         wrong = kernels.call("cut_rows", values, width, *_ranges(starts, stops, values), out)
     else:
         wrong = _outside(starts, stops, len(values))
@@ -54,16 +54,16 @@ def spread(
         values: The values, (N,).
         starts: First value of each range, (B,).
         stops: Behind the last value of each range, (B,).
-        out: Where to, (B, G); zero where nothing is stored.
+        out: Where to, contiguous, (B, G); zero where nothing is stored.
 
     Raises:
         ValueError: If a range lies outside the arrays, or a gene outside the panel.
     """
+    genes, values = kernels.fit(genes, values)
     name = "_".join(("spread", *(each.dtype.str[1:] for each in (genes, values, out))))
-    if len(genes) != len(values) or len(out) != len(starts):
+    if len(genes) != len(values) or not len(out) == len(starts) == len(stops):
         raise ValueError(f"{len(genes)} genes, {len(values)} values; {len(starts)} of {len(out)}")
-    if kernels.has(name):
-        genes, values = np.ascontiguousarray(genes), np.ascontiguousarray(values)
+    if kernels.has(name) and out.flags.writeable:
         ranges = _ranges(starts, stops, values)
         wrong = kernels.call(name, genes, values, *ranges, out, out.shape[1])
         if wrong == len(starts):
@@ -74,8 +74,9 @@ def spread(
             wrong = _spread_with_numpy(genes, values, starts, stops, out)
     _refuse_range(wrong, starts, stops, len(values))
     if wrong >= 0:
-        highest = genes[starts[wrong] : stops[wrong]].max()
-        raise ValueError(f"gene {highest} lies outside the panel of {out.shape[1]} genes")
+        of_row = genes[starts[wrong] : stops[wrong]]
+        outside = of_row[(of_row < 0) | (of_row >= out.shape[1])][0]
+        raise ValueError(f"gene {outside} lies outside the panel of {out.shape[1]} genes")
 
 
 def _spread_with_numpy(

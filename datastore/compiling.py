@@ -9,6 +9,7 @@ lock that the system releases when its owner dies.
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -37,8 +38,9 @@ def compile_library(name: str, sources: Sequence[Path], flags: Sequence[str]) ->
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     command = [compiler, *flags, *(str(source) for source in sources if source.suffix == ".cpp")]
     text = b"".join(source.read_bytes() for source in sources)
-    digest = hashlib.sha256(text + version + " ".join(command).encode())
-    folder = Path(os.environ.get("SCBERT_KERNEL_CACHE") or Path.home() / ".cache" / "scbert-scale")
+    # Machines of two kinds may share a home folder.
+    digest = hashlib.sha256(text + version + " ".join([platform.machine(), *command]).encode())
+    folder = _cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = folder / f"{name}_{digest.hexdigest()[:24]}.so"
     if library.exists():
@@ -49,10 +51,23 @@ def compile_library(name: str, sources: Sequence[Path], flags: Sequence[str]) ->
             with tempfile.TemporaryDirectory(dir=folder) as beside:
                 made = Path(beside) / library.name
                 result = subprocess.run(
-                    [*command, "-o", str(made)], capture_output=True, text=True, check=False
+                    [*command, "-o", str(made)], capture_output=True, check=False
                 )
                 if result.returncode:
-                    first = (result.stderr.splitlines() or ["no message"])[0]
+                    told = result.stderr.decode(errors="replace").splitlines()
+                    first = (told or ["no message"])[0]
                     raise OSError(f"{compiler} could not compile the native kernels: {first}")
                 made.replace(library)
     return library
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get("SCBERT_KERNEL_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "scbert-scale"
+    except RuntimeError as error:
+        raise OSError(
+            f"there is no place for kernels ({error}); set SCBERT_KERNEL_CACHE"
+        ) from error

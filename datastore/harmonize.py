@@ -100,7 +100,7 @@ def species_of(names: Iterable[str], source: str, tables: GeneTables = NO_TABLES
     cased = {which: len(found) for which, found in by_case.items()}
     # Names that differ in case only: hardly any in one species, most genes of two.
     both = set(by_case["human"]) & {name.upper() for name in by_case["mouse"]}
-    if 2 * len(both) > _STRAY_SHARE * sum(cased.values()):
+    if 2 * len(both) > _STRAY_SHARE * (sum(cased.values()) + sum(plain.values())):
         gene = min(both)
         raise ValueError(
             f"{source} mixes species: {len(both)} genes are there as human and as mouse ones, such "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from datastore.compiling import compile_library
 
@@ -37,8 +38,16 @@ def has(name: str) -> bool:
     return missing() is None and hasattr(_library(), name)
 
 
+def fit(*arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Give arrays as kernels take them: contiguous, aligned, of this machine's byte order."""
+    return tuple(
+        np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "ALIGNED"])
+        for array in arrays
+    )
+
+
 def call(name: str, *arguments: Any) -> int:
-    """Call a kernel with whole numbers and contiguous arrays; give what it returns, 64 bits."""
+    """Call a kernel with whole numbers and arrays that `fit`; give what it returns, 64 bits."""
     function = getattr(_library(), name)
     function.restype = ctypes.c_int64
     return int(function(*map(_argument, arguments)))
@@ -53,6 +62,6 @@ def _library() -> ctypes.CDLL:
 def _argument(value: Any) -> Any:
     if not isinstance(value, np.ndarray):
         return ctypes.c_int64(value)
-    if not value.flags.c_contiguous:
-        raise ValueError("kernels take contiguous arrays")
+    if not (value.flags.c_contiguous and value.flags.aligned and value.dtype.isnative):
+        raise ValueError("kernels take contiguous arrays of this machine's byte order")
     return ctypes.c_void_p(value.ctypes.data)

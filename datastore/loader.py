@@ -80,10 +80,10 @@ class CellLoader:
         sampler: Says which cells belong to a step.
         num_genes: Length of the panel, G.
         binning: How counts become tokens.
-        windows_ahead: Windows of each lane that are read at once; whole ones, so that no cell is
-            decoded twice, and at first a single one, so that the first batch is there soon. An
-            arena holds `windows_ahead` × `window` × `lanes` cells over all ranks, at 4 bytes per
-            expressed gene, and there are two.
+        windows_ahead: Windows of each lane that are read at once; whole ones, where they are whole
+            batches, so that no cell is decoded twice. At first a single one, so that the first
+            batch is there soon, and then to the next multiple. An arena holds `windows_ahead` ×
+            `window` × `lanes` cells over all ranks, at 4 bytes per expressed gene; there are two.
         bytes_ahead: Most bytes of an arena, as long as the cells of one step fit.
         with_values: Give expression values beside the bins.
     """

@@ -1,7 +1,7 @@
 """A cell's counts as one array of numbers: the gene in the upper bits, the count in the lower.
 
-Packed so, a cell comes into panel order by one sort of whole numbers, and is spooled, shuffled and
-gathered as one array instead of two.
+Packed so, a cell is spooled, shuffled and gathered as one array instead of two. A native kernel
+puts its counts where their genes stand in the panel; NumPy sorts the numbers instead.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,12 @@ def pack_counts(
         matrix: Whole counts, CSR of shape (B, genes of the source).
         places: Panel position of each source gene, -1 where the panel lacks it.
         num_genes: Length of the panel, G.
+
+    Raises:
+        ValueError: If a place lies outside the panel, or a gene's columns add up to 2^32 or more.
     """
+    if len(places) and places.max() >= num_genes:
+        raise ValueError(f"place {places.max()} lies outside the panel of {num_genes} genes")
     cells = _pack(matrix, places, num_genes)
     if cells is None:
         cells = _pack(align_counts(matrix, places, num_genes), np.arange(num_genes), num_genes)
@@ -118,7 +123,8 @@ def _pack_natively(
     indptr = np.zeros(matrix.shape[0] + 1, np.int64)
     edges, at = matrix.indptr.astype(np.int64), places.astype(np.int32)
     sizes = matrix.shape[0], at, len(at), num_genes
-    state = kernels.call(kernel, matrix.indices, matrix.data, edges, *sizes, packed, indptr)
+    columns, counts = kernels.fit(matrix.indices, matrix.data)
+    state = kernels.call(kernel, columns, counts, edges, *sizes, packed, indptr)
     if state == _NO_MEMORY:
         raise MemoryError(f"there is no memory for {num_genes} genes")
     return PackedCells(indptr, packed[: indptr[-1]]) if state == _DONE else None
@@ -159,8 +165,11 @@ def packed_digests(cells: PackedCells, num_genes: int) -> NDArray[np.uint64]:
     """Hash each cell's counts; see `content_digests`."""
     if cells.packed.dtype == _NARROW and kernels.has("hash_packed"):
         digests = np.empty(len(cells.indptr) - 1, np.uint64)
-        weights, num_cells = _weights(num_genes), len(digests)
-        kernels.call("hash_packed", cells.packed, cells.indptr, num_cells, weights, digests)
+        content = kernels.fit(cells.packed, cells.indptr)
+        sizes = len(digests), _weights(num_genes), num_genes
+        wrong = kernels.call("hash_packed", *content, *sizes, digests)
+        if wrong != _DONE:
+            raise IndexError(f"cell {wrong} has a gene outside the panel of {num_genes} genes")
         return digests
     genes, counts = unpack_genes(cells.packed), unpack_counts(cells.packed)
     return content_digests(cells.indptr, genes, counts, num_genes)

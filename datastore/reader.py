@@ -184,7 +184,7 @@ class CellReader:
         return PendingCells(self._store, cells, futures)
 
     def _tail(self, part: int, start: int, stop: int) -> int:
-        """Values between a stretch's end and that of its last chunk, if it is longer than one."""
+        """Values between a stretch's end and that of its last chunk, if it is as long as one."""
         array = self._array(part, COUNTS)
         chunk = int(array.chunk_layout.read_chunk.shape[0])
         return min(-stop % chunk, int(array.shape[0]) - stop) if stop - start >= chunk else 0

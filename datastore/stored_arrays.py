@@ -1,5 +1,6 @@
 """Columns and matrices as HDF5 and Zarr store them, read some rows at a time."""
 
+import logging
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from datastore.raw_cells import Names
+
+log = logging.getLogger(__name__)
 
 _VALUES_AT_ONCE: Final = 2**23
 """Dense values decoded at once, so that a slice of a dense file needs little more than its CSR."""
@@ -88,18 +91,24 @@ def refuse_incomplete(arrays: Mapping[str, Any], path: Path) -> None:
 
 
 def refuse_lost_chunks(matrix: Any, path: Path) -> None:
-    """Refuse a dense Zarr matrix that has no counts at all where its other cells have many.
+    """Refuse a dense Zarr matrix that has nothing of some cells where others have many counts.
 
-    Chunks of zeros are not stored, so one that got lost cannot be told from them by name. But where
-    the same genes have a thousand counts and more in as many other cells, there is none of zeros.
+    Chunks of zeros are not stored, so one that got lost cannot be told from them by name. Where all
+    chunks of some cells are missing, though a thousand counts and more are expected there, the
+    folder was not copied whole. Where only some of their genes are, these may not have been
+    measured in those cells; it is said, and they go on as zeros. Reads the whole matrix if chunks
+    are missing.
 
     Raises:
-        ValueError: If such a chunk is missing.
+        ValueError: If some cells have no chunk.
     """
-    if not isinstance(matrix, zarr.Array) or matrix.nchunks_initialized == matrix.nchunks:
+    if not isinstance(matrix, zarr.Array):
         return
     height, width = matrix.shards or matrix.chunks
     tops, lefts = range(0, matrix.shape[0], height), range(0, matrix.shape[1], width)
+    of_shard = 1 if matrix.shards is None else np.prod(matrix.shards) // np.prod(matrix.chunks)
+    if matrix.nchunks_initialized >= len(tops) * len(lefts) * of_shard:
+        return
     stored = np.array(
         [
             [np.count_nonzero(matrix[top : top + height, left : left + width]) for left in lefts]
@@ -108,15 +117,22 @@ def refuse_lost_chunks(matrix: Any, path: Path) -> None:
     )
     cells = np.minimum(height, matrix.shape[0] - np.array(tops))[:, None]
     per_cell = stored.sum(axis=0) / np.maximum((cells * (stored > 0)).sum(axis=0), 1)
-    lost = np.argwhere((stored == 0) & (per_cell * cells >= _SURELY_STORED))
-    if len(lost):
-        top, left = lost[0] * (height, width)
-        bottom, right = np.minimum((top + height, left + width), matrix.shape) - 1
-        raise ValueError(
-            f"{path} is half-copied: {len(lost)} chunks of {matrix.name} hold nothing, such as "
-            f"cells {top} to {bottom} of genes {left} to {right}, where other cells have counts; "
-            "copy it again"
-        )
+    expected = per_cell * cells
+    without = (stored.sum(axis=1) == 0) & (expected.sum(axis=1) >= _SURELY_STORED)
+    lost = (stored == 0) & (expected >= _SURELY_STORED) | without[:, None]
+    if not lost.any():
+        return
+    row, column = np.argwhere(without[:, None] if without.any() else lost)[0]
+    last = min((row + 1) * height, matrix.shape[0]) - 1
+    which = f"{matrix.name} has nothing of cells {row * height} to {last}"
+    if without.any():
+        raise ValueError(f"{path} is half-copied: {which}, where others have many; copy it again")
+    right = min((column + 1) * width, matrix.shape[1]) - 1
+    log.warning(
+        "%s: %s in genes %d to %d, where others have many (%d such chunks): if these genes were "
+        "measured in those cells, copy the folder again",
+        *(path, which, column * width, right, int(lost.sum())),
+    )
 
 
 def refuse_inconsistent(group: Any, num_rows: int, num_columns: int, path: Path) -> None:

@@ -110,7 +110,7 @@ def check_disk(folder: Path, free: int | None = None) -> Finding:
 
 
 def check_compiler(environ: Mapping[str, str], which: Callable[..., str | None]) -> Finding:
-    """What DeepSpeed and the attention kernel are compiled with on first use."""
+    """What DeepSpeed, the attention kernel and the store's are compiled with on first use."""
     compiler = environ.get("CXX") or "c++"
     missing = []
     if which(compiler) is None:

@@ -100,8 +100,9 @@ def load(variant: str) -> ctypes.CDLL:
     """Load a build, compiling it if it is not in the cache.
 
     Raises:
-        OSError: If there is no compiler, no place for the library, or no permission to use AMX.
-        subprocess.SubprocessError: If the compiler fails.
+        OSError: If there is no compiler, no place for the library, or no permission to use AMX, or
+            if the compiler fails.
+        subprocess.SubprocessError: If the compiler does not tell its version.
     """
     library = ctypes.CDLL(str(build(variant)))
     if VARIANTS[variant].family == "bf16" and library.favor_prepare():
@@ -113,8 +114,8 @@ def build(variant: str) -> Path:
     """Compile a build unless it is there, and return the library's path.
 
     Raises:
-        OSError: If there is no compiler, or no place for the library.
-        subprocess.SubprocessError: If the compiler fails.
+        OSError: If there is no compiler, no place for the library, or the compiler fails.
+        subprocess.SubprocessError: If the compiler does not tell its version.
     """
     sources = [Path(__file__).parent / name for name in SOURCES[VARIANTS[variant].family]]
     return compile_library(f"kernels_{variant}", sources, VARIANTS[variant].flags.split())

@@ -34,13 +34,16 @@ def report(
         if done >= cells or time.perf_counter() - begin > seconds:
             break
     wall = time.perf_counter() - begin
+    settled = {}
+    if done >= cells:
+        settled["second_half_per_second"] = (done - half[1]) / (wall - half[0])
     say(
         cells=done,
         per_second=done / wall,
-        second_half_per_second=(done - half[1]) / (wall - half[0]),
         per_cpu_second=done / (cpu_seconds() - cpu),
         first_batch_seconds=first,
         peak_mb=peak_mb(),
+        **settled,
     )
 
 

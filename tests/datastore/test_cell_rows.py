@@ -103,7 +103,7 @@ def test_a_gene_outside_the_panel_is_refused(way: str, gene: int, dense: Any) ->
     genes = np.array([3, gene, 4], np.uint16 if gene > 0 else np.int32)
     values = np.ones(3, dense)
     room = np.full((4, 20), 7, dense)
-    with pytest.raises(ValueError, match=r"gene \d+ lies outside the panel of 20 genes"):
+    with pytest.raises(ValueError, match=rf"gene {gene} lies outside the panel of 20 genes"):
         cell_rows.spread(genes, values, np.array([0, 0]), np.array([1, 3]), room[1:3])
     assert (room[[0, 3]] == 7).all()
 
@@ -114,6 +114,43 @@ def test_arrays_that_do_not_belong_together(way: str) -> None:
         cell_rows.cut(np.zeros(4, np.uint16), one, two, np.empty(2, np.uint8))
     with pytest.raises(ValueError, match="3 genes, 4 values"):
         cell_rows.spread(np.zeros(3, int), np.zeros(4), one, two, np.empty((1, 5)))
+    with pytest.raises(ValueError, match="4 genes, 4 values"):
+        cell_rows.spread(np.zeros(4, int), np.zeros(4), np.zeros(2, int), two, np.empty((2, 5)))
+    sealed = np.empty(2, np.uint16)
+    sealed.flags.writeable = False
+    with pytest.raises(ValueError, match="do not fit"):
+        cell_rows.cut(np.zeros(4, np.uint16), one, two, sealed)
+
+
+def test_arrays_of_any_layout_and_byte_order(way: str) -> None:
+    genes, counts = np.array([2, 0, 1, 4]), np.array([5, 300, 7, 1])
+    starts, stops = np.array([2, 0]), np.array([4, 2])
+    for order in ("<", ">"):
+        for step in (1, 2):
+            laid = np.zeros((2, 4 * step), f"{order}u2")
+            laid[:, ::step] = genes, counts
+            out = np.empty((2, 5), np.float32)
+            cell_rows.spread(laid[0, ::step], laid[1, ::step], starts, stops, out)
+            assert out.tolist() == [[0, 7, 0, 0, 1], [300, 0, 5, 0, 0]]
+            if order == ">" and way == "native":
+                continue  # NumPy cuts these
+            cells = np.empty(4, f"{order}u2")
+            cell_rows.cut(laid[1, ::step], starts, stops, cells)
+            assert cells.tolist() == [7, 1, 5, 300]
+
+
+def test_without_a_home_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SCBERT_KERNEL_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    kernels.missing.cache_clear()
+    kernels._library.cache_clear()
+    try:
+        assert "set SCBERT_KERNEL_CACHE" in str(kernels.missing())
+    finally:
+        kernels.missing.cache_clear()
 
 
 def test_without_a_compiler_numpy_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_mouse_sources_find_human_genes(tmp_path: Path) -> None:
             id="symbols of both",
         ),
         pytest.param(
-            ["LYZ", "CD19", "Cd19", "Lyz"],  # no table knows these
+            ["LYZ", "CD19", "Cd19", "Lyz", "CD3E"],  # no table knows the first four
             ("CD3E", "MS4A1"),
             "pbmc mixes species: 2 genes are there as human and as mouse ones, such as CD19 and Cd",
             id="symbols of both, told by case",

@@ -100,6 +100,20 @@ def test_a_column_that_the_source_does_not_have_is_refused() -> None:
         pack_counts(raw, np.arange(2), 3)
 
 
+def test_genes_outside_the_panel_are_refused() -> None:
+    raw = sparse.csr_matrix(np.ones((2, 3), np.float32))
+    with pytest.raises(ValueError, match="place 500 lies outside the panel of 3 genes"):
+        pack_counts(raw, np.array([0, 1, 500]), 3)
+    with pytest.raises(IndexError):
+        packed_digests(pack_counts(raw, np.arange(3), 3), 2)
+
+
+def test_counts_of_another_byte_order() -> None:
+    raw = sparse.csr_matrix(np.array([[1.0, 2.0]]))
+    raw.data = raw.data.astype(">i4")
+    assert unpack_counts(pack_counts(raw, np.arange(2), 2).packed).tolist() == [1, 2]
+
+
 def test_files_may_be_unsorted_name_a_gene_twice_and_store_zeros() -> None:
     data = np.array([5, 0, 7, 2, 9, 1], np.int32)
     indices, indptr = np.array([2, 0, 1, 1, 2, 0]), np.array([0, 3, 5, 6])

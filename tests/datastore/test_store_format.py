@@ -64,7 +64,7 @@ def test_figures_of_the_page_are_those_of_the_benchmark() -> None:
         f"| an epoch, counts, two ranks | {epoch['cells_per_second']:,.0f} cells/s, "
         f"{epoch['cells_per_cpu_second']:,.0f} per CPU-second; first batch after "
         f"{epoch['first_batch_seconds']:.2f} s; {epoch['rank_peak_mb']:,.0f} MB a rank |",
-        f"| ingest | {later['ingest_hours']:.0f} h for {later['files']:,.0f} files |",
+        f"| ingest | {later['ingest_hours']:.1f} h for {later['files']:,.0f} files |",
         f"| memory of the process that leads | {later['coordinator_gigabytes']:.0f} GB |",
         f"| store size | {later['store_gigabytes']:.0f} GB |",
         f"| reading an epoch, if the disk keeps up | {later['epoch_hours_of_two_ranks']:.2f} h |",

@@ -47,26 +47,61 @@ def dense_zarr(path: Path, counts: Any, chunks: tuple[int, int], **more: Any) ->
     return array
 
 
-@pytest.mark.parametrize("shards", [None, (100, 60)])
-@pytest.mark.parametrize(("row", "column"), [(1, 0), (3, 1), (4, 0), (0, 2)])
-def test_a_chunk_of_a_dense_matrix_that_got_lost_is_found(
-    tmp_path: Path, row: int, column: int, shards: tuple[int, int] | None
-) -> None:
+def lose(folder: Path, row: int, columns: range) -> Any:
+    for column in columns:
+        (folder / "c" / str(row) / str(column)).unlink()
+    return zarr.open_array(folder)
+
+
+SHARDS = pytest.mark.parametrize("shards", [None, (100, 60)])
+
+
+def counts_in_chunks(path: Path, shards: tuple[int, int] | None) -> Any:
     counts = np.random.default_rng(0).poisson(0.3, (450, 150)).astype(np.float32)
-    chunks = (100, 60) if shards is None else (50, 30)
-    array = dense_zarr(tmp_path / "X", counts, chunks, shards=shards)
-    refuse_lost_chunks(array, tmp_path)
-    (tmp_path / "X" / "c" / str(row) / str(column)).unlink()
-    array = zarr.open_array(tmp_path / "X")
+    return dense_zarr(path, counts, (50, 30) if shards else (100, 60), shards=shards)
+
+
+@SHARDS
+@pytest.mark.parametrize("row", [0, 1, 3, 4])
+def test_cells_of_a_dense_matrix_that_got_lost_are_found(
+    tmp_path: Path, row: int, shards: tuple[int, int] | None
+) -> None:
+    refuse_lost_chunks(counts_in_chunks(tmp_path / "X", shards), tmp_path)
+    array = lose(tmp_path / "X", row, range(3))
+    last = min(100 * row + 99, 449)
+    with pytest.raises(ValueError, match=rf"half-copied: .*of cells {100 * row} to {last}, where"):
+        refuse_lost_chunks(array, tmp_path)
+
+
+@SHARDS
+@pytest.mark.parametrize(("row", "column"), [(1, 0), (3, 1), (4, 1), (0, 2)])
+def test_some_genes_of_some_cells_are_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    row: int,
+    column: int,
+    shards: tuple[int, int] | None,
+) -> None:
+    counts_in_chunks(tmp_path / "X", shards)
+    refuse_lost_chunks(lose(tmp_path / "X", row, range(column, column + 1)), tmp_path)
     if row == 4 or column == 2:  # half a chunk, about 780 counts: too few to be sure
-        refuse_lost_chunks(array, tmp_path)
+        assert not caplog.records
         return
-    which = f"cells {100 * row} to {100 * row + 99} of genes {60 * column} to {60 * column + 59}"
-    with pytest.raises(ValueError, match=rf"half-copied: 1 chunks of .*, such as {which}"):
-        refuse_lost_chunks(array, tmp_path)
+    cells, genes = f"cells {100 * row} to {100 * row + 99}", f"genes {60 * column} to"
+    assert f"has nothing of {cells} in {genes} {60 * column + 59}, where" in caplog.text
+    assert "(1 such chunks)" in caplog.text
 
 
-def test_chunks_of_zeros_are_no_loss(tmp_path: Path) -> None:
+@SHARDS
+def test_a_whole_matrix_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: tuple[int, int] | None
+) -> None:
+    array = counts_in_chunks(tmp_path / "X", shards)
+    monkeypatch.setattr(np, "count_nonzero", None)
+    refuse_lost_chunks(array, tmp_path)
+
+
+def test_chunks_of_zeros_are_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     counts = np.random.default_rng(0).poisson(0.3, (400, 200)).astype(np.float32)
     counts[:, 50:100] = 0  # genes that no cell expresses
     counts[::7, 50:60] = 1  # but for a few of them
@@ -74,3 +109,4 @@ def test_chunks_of_zeros_are_no_loss(tmp_path: Path) -> None:
     array = dense_zarr(tmp_path / "X", counts, (100, 50))
     assert array.nchunks_initialized < array.nchunks
     refuse_lost_chunks(array, tmp_path)
+    assert not caplog.records
