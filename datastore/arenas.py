@@ -66,6 +66,7 @@ class ReadPlan:
         stops: Behind the last value of each in the arena, (B,).
         stretches: What to read.
         num_values: Values in the arena, of each of the two arrays, with all tails.
+        num_bytes: Bytes of both.
     """
 
     positions: NDArray[np.int64]
@@ -73,6 +74,7 @@ class ReadPlan:
     stops: NDArray[np.int64]
     stretches: Sequence[Stretch]
     num_values: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ class CellLoader:
         windows_ahead: Windows of each lane that are read at once; whole ones, where they are whole
             batches, so that no cell is decoded twice. At first a single one, so that the first
             batch is there soon, and then to the next multiple. An arena holds `windows_ahead` ×
-            `window` × `lanes` cells over all ranks, at 4 bytes per expressed gene; there are two.
+            `window` × `lanes` cells over all ranks, at 4 bytes per expressed gene (more where
+            counts or the panel need it); there are two.
         bytes_ahead: Most bytes of an arena, as long as the cells of one step fit.
         with_values: Give expression values beside the bins.
     """
@@ -107,7 +108,7 @@ class CellLoader:
             max(1, windows * order.window * order.lanes // sampler.global_batch_size)
             for windows in (1, windows_ahead)
         ]
-        self._values_ahead = bytes_ahead // 4
+        self._bytes_ahead = bytes_ahead
         self._with_values = with_values
         self._pool = BufferPool(16)
 
@@ -184,7 +185,7 @@ class CellLoader:
                 steps = self._sampler.plan(epoch, range(step, stop))
                 positions = np.concatenate([cells for of in steps for cells in of])
                 plan = self._reader.plan(positions, with_tails=True)
-                if plan.num_values <= self._values_ahead or stop == step + 1:
+                if plan.num_bytes <= self._bytes_ahead or stop == step + 1:
                     break
                 stop = step + (stop - step) // 2
             yield _Fill(steps, plan)

@@ -147,7 +147,12 @@ class CellReader:
         ]
         begin, end = np.empty_like(at), np.empty_like(at)
         begin[order], end[order] = flat[at] + shift, flat[at + 1] + shift
-        return ReadPlan(positions, begin, end, stretches, int(lengths.sum()))
+        num_values = int(lengths.sum())
+        width = sum(
+            _common_type([self._array(stretch.part, name) for stretch in stretches]).itemsize
+            for name in (GENES, COUNTS)
+        )
+        return ReadPlan(positions, begin, end, stretches, num_values, num_values * width)
 
     def start(self, plan: ReadPlan, arena: Arena, former: ArenaCells | None = None) -> PendingCells:
         """Begin to fill an arena; what stood in it is lost.

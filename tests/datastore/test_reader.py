@@ -174,6 +174,8 @@ def test_partitions_of_other_widths_are_read_together(tmp_path: Path) -> None:
     reader = CellReader(open_store(tmp_path))
     types = [reader.read(np.arange(a, b)).counts.dtype for a, b in ((0, 20), (20, 40), (0, 40))]
     assert types == [np.uint16, np.uint32, np.uint32]
+    plans = [reader.plan(np.arange(a, b)) for a, b in ((0, 20), (20, 40), (0, 40))]
+    assert [plan.num_bytes / plan.num_values for plan in plans] == [4, 6, 6]
     rows = np.random.default_rng(0).permutation(40)
     np.testing.assert_array_equal(to_dense(reader.read(rows), 30), counts[rows])
 
