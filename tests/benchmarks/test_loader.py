@@ -51,6 +51,6 @@ def test_a_small_run_measures_all_that_needs_no_peer(tmp_path: Path) -> None:
     assert measured >= {"of_composed_limit", "seek_vs_cold_start", "mixing_variance"}
     assert {name for name in result["ratios"] if "annbatch" in name}.isdisjoint(measured)
     assert set(result["figures"]["not_measured"]) == {"annbatch", "cellstream", "scdataset", "scdl"}
-    assert result["figures"]["csr"]["cells"] == 3000
+    assert result["figures"]["csr"]["cells"] == 2 * 3000  # epochs
     assert 0.8 < result["ratios"]["mixing_variance"] < 1.2
     assert result["bars"]["csr_wall_vs_annbatch"].endswith("not measured")
