@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support.stores import write_small_store
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = np.arange(70)
+REAL_RETRIES = storage.RETRIES["max_retries"]
 
 
 @pytest.fixture(autouse=True)
@@ -195,12 +197,22 @@ def test_a_disk_that_fails_is_not_a_damaged_store(store: CellStore) -> None:
 
 
 def random_faults(seed: int, share: float, kinds: list[Fault]) -> Callable[[str], Fault]:
-    rng = np.random.default_rng(seed)
-    return lambda path: kinds[rng.integers(len(kinds))] if rng.random() < share else ""
+    rng, lock = np.random.default_rng(seed), threading.Lock()
+
+    def fault(path: str) -> Fault:
+        with lock:  # requests come from several threads
+            return kinds[rng.integers(len(kinds))] if rng.random() < share else ""
+
+    return fault
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bad_network_costs_time_only(server: FolderServer, store: CellStore, seed: int) -> None:
+def test_a_bad_network_costs_time_only(
+    server: FolderServer, store: CellStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As many retries as there really are: of a hundred requests, one in six runs would have four
+    # faults one after another.
+    monkeypatch.setitem(storage.RETRIES, "max_retries", REAL_RETRIES)
     server.fault = random_faults(seed, 0.2, ["503", "drop", "cut"])
     remote = open_store(f"{server.url}/{store.path.name}")
     check_complete(remote)
