@@ -137,6 +137,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.cells = options.cells or (40_000 if options.quick else 200_000)
     options.rounds = options.rounds or (2 if options.quick else 3)
+    if min(options.epochs, options.cells, options.rounds) < 1:
+        parser.error("--epochs, --cells and --rounds must be 1 or more")
     peers = options.peers if options.peers is not None else "annbatch,cellstream"
     options.peers = list(PEERS) if options.peers is None and not options.quick else peers.split(",")
     unknown = set(options.peers) - set(PEERS) - {""}
