@@ -9,12 +9,10 @@ import ctypes
 from typing import Final
 
 TRIM_THRESHOLD: Final = -1
-MMAP_THRESHOLD: Final = -3
+MMAP_MAX: Final = -4
 """Parameters of glibc's `mallopt`, from malloc.h."""
-ALL: Final = 1 << 30
-"""Bytes from which blocks are mapped of their own, and freed memory is given back."""
-OLD_MOST: Final = 32 << 20
-"""The largest threshold that older versions of glibc accept."""
+NEVER: Final = -1
+"""As a threshold: no amount of free memory is given back."""
 
 
 def keep_freed_memory() -> bool:
@@ -22,5 +20,4 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    kept = libc.mallopt(MMAP_THRESHOLD, ALL) or libc.mallopt(MMAP_THRESHOLD, OLD_MOST)
-    return bool(libc.mallopt(TRIM_THRESHOLD, ALL) and kept)
+    return bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, NEVER))

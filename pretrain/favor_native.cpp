@@ -18,23 +18,23 @@ struct Worker : Strips {
   using Strips::Strips;
 
   void forward(i64 cell, i64 first_head, i64 num) {
-    const std::vector<float> ones(STRIP, 1.f);
     const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
-    for (i64 h = 0; h < num; ++h) turn_to(first_head, h).maximum = -INFINITY, clear_sums();
+    for (i64 h = 0; h < num; ++h)
+      turn_to(first_head, h).maximum = -INFINITY, clear_sums(), find_center(cell);
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
-      fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
+      fetch(strip, call.k, t, n), fetch_values(cell, t, n);
       exponents(), half_squares(strip, n);
       own.maximum = raise(own.maximum);
       for (i64 r = 0; r < STRIP; ++r) row_a[r] += own.maximum;
-      features<false, true, false>(ones.data(), nullptr);
+      features<false, true, false, true>();
       append_columns(other);
       filled += STRIP;
     });
     for (i64 h = 0; h < num; ++h) {
       Head& own = turn_to(first_head, h);
       add_epsilon();
-      own.base = 0;
-      for (i64 j = 0; j < m; ++j) own.base += eps * (count[j] += eps * float(last - first));
+      for (i64 j = 0; j < m; ++j) count[j] += eps * float(last - first);
+      own.base = eps * recenter(cell);
       std::copy_n(sum, D * M, saved(cell)), std::copy_n(count, M, saved(cell) + D * M);
       call.maxima[cell * call.heads + head] = own.maximum;
       pack_by_feature(by_feature);
@@ -47,7 +47,7 @@ struct Worker : Strips {
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
       fetch(strip, call.q, t, n);
       exponents(), row_maxima();
-      features<true, false, false>(nullptr, count);
+      features<true, false, false, false>(count);
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r) {
         const float divisor = row_b[r] + own.base;
@@ -55,34 +55,29 @@ struct Worker : Strips {
         call.divisors[(t + r) * call.heads + head] = divisor;
         for (i64 i = 0; i < D; i += 16) {
           float* at = small + r * D + i;
-          _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_add_ps(load(at), load(floor + i)), inverse));
+          _mm512_storeu_ps(at, _mm512_fmadd_ps(load(at), inverse, load(center(cell) + i)));
         }
       }
       store(call.out, t, n);
     });
   }
 
-  // other = g_a = gradient / divisor, rounded; row_b = g_b = -g_a . attended value.
+  // other = g_a = gradient / divisor, rounded; zero beyond the cell.
   void upstream(i64 t, i64 n) {
-    fetch(other, call.grad, t, n), fetch(third, call.out, t, n);
-    for (i64 r = 0; r < STRIP; ++r) {
-      const float* divisor = call.divisors + (t + r) * call.heads + head;
-      const __m512 inverse = all(r < n ? 1 / *divisor : 0);
-      __m512 along = _mm512_setzero_ps();
+    fetch(other, call.grad, t, n);
+    for (i64 r = 0; r < n; ++r) {
+      const __m512 inverse = all(1 / call.divisors[(t + r) * call.heads + head]);
       for (i64 i = r * D; i < (r + 1) * D; i += 32) {
-        const __m512 a = _mm512_mul_ps(load_bf16(other + i), inverse);
-        const __m512 b = _mm512_mul_ps(load_bf16(other + i + 16), inverse);
-        along = _mm512_fmadd_ps(a, load_bf16(third + i), along);
-        along = _mm512_fmadd_ps(b, load_bf16(third + i + 16), along);
-        _mm512_storeu_si512(other + i, narrow(a, b));
+        const __m512 low = _mm512_mul_ps(load_bf16(other + i), inverse);
+        const __m512 high = _mm512_mul_ps(load_bf16(other + i + 16), inverse);
+        _mm512_storeu_si512(other + i, narrow(low, high));
       }
-      row_b[r] = -_mm512_reduce_add_ps(along);
     }
   }
 
   void backward(i64 cell, i64 first_head, i64 num) {
     const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
-    float along[STRIP];
+    float across[STRIP];  // g_b
     for (i64 h = 0; h < num; ++h) {
       turn_to(first_head, h).base = 0;
       std::copy_n(saved(cell), D * M, sum);
@@ -92,14 +87,18 @@ struct Worker : Strips {
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
       fetch(strip, call.q, t, n);
       upstream(t, n);
-      std::copy_n(row_b, STRIP, along);
-      for (i64 r = 0; r < n; ++r) own.base += eps * along[r];
       exponents(), row_maxima();
-      features<false, true, true>(along, nullptr);
+      features<false, true, true, false>();
       append_columns(other);
       filled += STRIP;
       multiply(dphi, other, D, by_width, M, D);
-      feature_gradients(along, saved(cell) + D * M);
+      // g_a . (a / b) by way of the features: what was attended has been rounded, with c in it.
+      read_gradients();
+      for (i64 r = 0; r < STRIP; ++r) {
+        across[r] = r < n ? -row_b[r] / call.divisors[(t + r) * call.heads + head] : 0;
+        own.base += eps * across[r];
+      }
+      feature_gradients<true>(across, saved(cell) + D * M);
       multiply(small, e_rows, MK, back, D, MK);
       store(call.grad_q, t, n);
     });
@@ -117,10 +116,10 @@ struct Worker : Strips {
     const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
     walk(first_head, num, first, last, [&](Head&, i64 t, i64 n) {
       const float maximum = call.maxima[cell * call.heads + head];
-      fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
+      fetch(strip, call.k, t, n), fetch_values(cell, t, n);
       exponents(), half_squares(strip, n);
       for (i64 r = 0; r < STRIP; ++r) row_a[r] += maximum;
-      features<true, false, true>(nullptr, nullptr);
+      features<true, false, true, false>();
       multiply(small, e_rows, MK, by_feature, D, MK);
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; i += 16) {
@@ -129,7 +128,7 @@ struct Worker : Strips {
         }
       store(call.grad_v, t, n);
       multiply(dphi, other, D, by_width, M, D);
-      feature_gradients(nullptr, count);
+      feature_gradients<false>(nullptr, count);
       multiply(small, e_rows, MK, back, D, MK);
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; i += 16) {

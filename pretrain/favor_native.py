@@ -82,7 +82,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("directions", "offsets", "query_offsets")),
-        *((name, ctypes.c_void_p) for name in ("divisors", "sums", "maxima")),
+        *((name, ctypes.c_void_p) for name in ("divisors", "sums", "centers", "maxima")),
         *((name, ctypes.c_int64) for name in ("cells", "heads", "dim", "features", "threads")),
         ("epsilon", ctypes.c_double),
         ("scale", ctypes.c_double),
@@ -110,9 +110,11 @@ class _NativeAttention(torch.autograd.Function):
         divisors = torch.empty(q.shape[:2])
         columns = (dim + 31) // 32 * 32, (features + 15) // 16 * 16
         sums = torch.empty(cells, heads, columns[0] + 1, columns[1])
-        maxima = torch.empty(cells, heads)
-        saved = q, k, v, out, directions, offsets, query_offsets, divisors, sums, maxima
-        run(load(variant).favor_forward, _call(saved, epsilon))
+        centers, maxima = torch.empty(cells, heads, columns[0]), torch.empty(cells, heads)
+        saved = q, k, v, directions, offsets, query_offsets, divisors, sums, centers, maxima
+        call = _call(saved, epsilon)
+        call.out = _rows(out)
+        run(load(variant).favor_forward, call)
         ctx.save_for_backward(*saved)
         ctx.epsilon, ctx.variant = epsilon, variant
         return out
@@ -139,17 +141,17 @@ def _rows(x: Tensor) -> _Rows:
 
 
 def _call(saved: tuple[Tensor, ...], epsilon: float) -> _Call:
-    q, k, v, out, directions, offsets, query_offsets, divisors, sums, maxima = saved
+    q, k, v, directions, offsets, query_offsets, divisors, sums, centers, maxima = saved
     return _Call(
         q=_rows(q),
         k=_rows(k),
         v=_rows(v),
-        out=_rows(out),
         directions=directions.data_ptr(),
         offsets=offsets.data_ptr(),
         query_offsets=query_offsets.data_ptr(),
         divisors=divisors.data_ptr(),
         sums=sums.data_ptr(),
+        centers=centers.data_ptr(),
         maxima=maxima.data_ptr(),
         cells=len(offsets) - 1,
         heads=q.shape[1],

@@ -16,6 +16,7 @@ struct Call {  // mirrored by ctypes in pretrain/favor_native.py
   const i64 *offsets, *query_offsets;  // (cells + 1)
   float* divisors;                     // (queries, heads): what each attended value was divided by
   float* sums;                         // (cells, heads, d + 1, M): S transposed, then z
+  float* centers;                      // (cells, heads, D): c
   float* maxima;                       // (cells, heads): largest exponent of the keys
   i64 cells, heads, dim, features, threads;
   double epsilon, scale;  // scale = d^-1/4
@@ -37,7 +38,7 @@ struct Strips {
 
   float *x, *dphi;                       // a strip's exponents, then features; their gradients
   float *small, *row_a, *row_b;          // a strip's product (32 x D); one number per row
-  bf16 *strip, *other, *third, *e_rows;  // a strip of q, k, v or grad (32 x D); features as A
+  bf16 *strip, *other, *e_rows;          // a strip of q, k, v or grad (32 x D); features as A
   uint32_t* e_pairs;                     // a block's features, paired along the tokens (256 x M)
   bf16* columns;                         // a block of v or grad, transposed (D x 256)
   uint32_t *forth, *back;                // directions as B: (D x M), and transposed (MK x D)
@@ -58,7 +59,7 @@ struct Strips {
         MK(round_up(m, 32)), eps(float(c.epsilon)) {
     x = make<float>(STRIP * M), dphi = make<float>(STRIP * M);
     small = make<float>(STRIP * D), row_a = make<float>(STRIP), row_b = make<float>(STRIP);
-    strip = make<bf16>(STRIP * D), other = make<bf16>(STRIP * D), third = make<bf16>(STRIP * D);
+    strip = make<bf16>(STRIP * D), other = make<bf16>(STRIP * D);
     e_rows = make<bf16>(STRIP * MK);
     e_pairs = make<uint32_t>(BLOCK / 2 * M), columns = make<bf16>(D * BLOCK);
     for (i64 h = 0; h < num_heads; ++h)
@@ -132,6 +133,36 @@ struct Strips {
     std::memset(to + n * D, 0, (STRIP - n) * D * 2);
   }
 
+  // c for now: the mean of the head's values in a cell.
+  void find_center(i64 cell) {
+    const i64 first = call.offsets[cell], last = call.offsets[cell + 1];
+    float* mean = center(cell);
+    std::fill_n(mean, D, 0.f);
+    for (i64 t = first; t < last; t += STRIP) {
+      const i64 n = std::min<i64>(STRIP, last - t);
+      fetch(other, call.v, t, n);
+      for (i64 i = 0; i < D; i += 16) {  // a strip by itself: long sums lose digits
+        __m512 total = _mm512_setzero_ps();
+        for (i64 r = 0; r < n; ++r) total = _mm512_add_ps(total, load_bf16(other + r * D + i));
+        _mm512_storeu_ps(mean + i, _mm512_add_ps(load(mean + i), total));
+      }
+    }
+    for (i64 i = 0; i < D; ++i) mean[i] /= float(last - first);
+  }
+
+  // other = a strip of v - c, rounded.
+  void fetch_values(i64 cell, i64 t, i64 n) {
+    const float* mean = center(cell);
+    fetch(other, call.v, t, n);
+    for (i64 r = 0; r < n; ++r)
+      for (i64 i = 0; i < D; i += 32) {
+        bf16* at = other + r * D + i;
+        const __m512 low = _mm512_sub_ps(load_bf16(at), load(mean + i));
+        const __m512 high = _mm512_sub_ps(load_bf16(at + 16), load(mean + i + 16));
+        _mm512_storeu_si512(at, narrow(low, high));
+      }
+  }
+
   // Round the strip in `small` (32 x D) into rows [t, t + n).
   void store(const Rows& to, i64 t, i64 n) {
     bf16* row = to.at(t, head);
@@ -195,12 +226,11 @@ struct Strips {
 
   // Features of a strip's exponents, exp(x - row_a), two rows at a time, in the forms asked for.
   //   ROWS: as A in e_rows. PAIRS: as B in e_pairs. KEEP: as floats in x.
-  //   `weights`: count += Σ weight of the row x features; `z`: row_b = features . z.
-  template <bool ROWS, bool PAIRS, bool KEEP>
-  void features(const float* weights, const float* z) {
+  //   COUNT: count += Σ features. `z`: row_b = features . z.
+  template <bool ROWS, bool PAIRS, bool KEEP, bool COUNT>
+  void features(const float* z = nullptr) {
     for (i64 r = 0; r < STRIP; r += 2) {
       __m512 dots[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      const __m512 weight[2] = {all(weights ? weights[r] : 0), all(weights ? weights[r + 1] : 0)};
       const __m512 less[2] = {all(row_a[r] * LOG2E), all(row_a[r + 1] * LOG2E)};
       float* rows[2] = {x + r * M, x + (r + 1) * M};
       uint32_t* pairs = e_pairs + (filled + r) / 2 * M;
@@ -215,9 +245,9 @@ struct Strips {
             if (KEEP) _mm512_storeu_ps(rows[i] + at, e[i][h]);
           }
           if (PAIRS) _mm512_storeu_si512(pairs + at, pair(e[0][h], e[1][h]));
-          if (weights) {
-            const __m512 total = _mm512_fmadd_ps(weight[0], e[0][h], load(count + at));
-            _mm512_storeu_ps(count + at, _mm512_fmadd_ps(weight[1], e[1][h], total));
+          if (COUNT) {
+            const __m512 both = _mm512_add_ps(e[0][h], e[1][h]);
+            _mm512_storeu_ps(count + at, _mm512_add_ps(load(count + at), both));
           }
           if (z)
             for (int i = 0; i < 2; ++i) dots[i] = _mm512_fmadd_ps(e[i][h], load(z + at), dots[i]);
@@ -233,18 +263,30 @@ struct Strips {
     }
   }
 
-  // e_rows = x (features) times their gradient, dphi + weight of the row x z; row_b = sum of each.
-  void feature_gradients(const float* weights, const float* z) {
+  // row_b = (features + ε) . dphi of each row.
+  void read_gradients() {
     for (i64 r = 0; r < STRIP; ++r) {
-      const __m512 w = all(weights ? weights[r] : 1);
+      __m512 total = _mm512_setzero_ps();
+      for (i64 j = r * M; j < (r + 1) * M; j += 16)
+        total = _mm512_fmadd_ps(_mm512_add_ps(load(x + j), all(eps)), load(dphi + j), total);
+      row_b[r] = _mm512_reduce_add_ps(total);
+    }
+  }
+
+  // e_rows = x (features) times their gradient, dphi + weight of the row x z (weight 1 of keys);
+  // of queries, count += Σ weight x features; row_b = sum of each row of e_rows.
+  template <bool QUERIES> void feature_gradients(const float* weights, const float* z) {
+    for (i64 r = 0; r < STRIP; ++r) {
+      const __m512 w = all(QUERIES ? weights[r] : 1);
       __m512 total = _mm512_setzero_ps();
       for (i64 j = 0; j < MK; j += 32) {
         __m512 g[2] = {};
         for (i64 h = 0; h < 2 && j + 16 * h < M; ++h) {
           const i64 at = j + 16 * h;
-          g[h] = _mm512_fmadd_ps(w, load(z + at), load(dphi + r * M + at));
-          g[h] = _mm512_mul_ps(g[h], load(x + r * M + at));
+          const __m512 e = load(x + r * M + at);
+          g[h] = _mm512_mul_ps(_mm512_fmadd_ps(w, load(z + at), load(dphi + r * M + at)), e);
           total = _mm512_add_ps(total, g[h]);
+          if (QUERIES) _mm512_storeu_ps(count + at, _mm512_fmadd_ps(w, e, load(count + at)));
         }
         _mm512_storeu_si512(e_rows + r * MK + j, narrow(g[0], g[1]));
       }
@@ -267,6 +309,21 @@ struct Strips {
     }
   }
 
+  // Move c on to what is attended where all features are alike; S sums to nothing then, and has no
+  // share in what ε adds to a read. Returns Σ z.
+  float recenter(i64 cell) {
+    float all_counts = 0;
+    for (i64 j = 0; j < m; ++j) all_counts += count[j];
+    for (i64 i = 0; i < D; ++i) {
+      __m512 total = _mm512_setzero_ps();
+      for (i64 j = i * M; j < (i + 1) * M; j += 16) total = _mm512_add_ps(total, load(sum + j));
+      const float more = _mm512_reduce_add_ps(total) / all_counts;
+      center(cell)[i] += more;
+      for (i64 j = 0; j < M; ++j) sum[i * M + j] -= more * count[j];
+    }
+    return all_counts;
+  }
+
   // Exponents of the strip; for keys, with what to subtract from them in row_a.
   void exponents() { multiply(x, strip, D, forth, M, D); }
 
@@ -287,6 +344,7 @@ struct Strips {
     return largest;
   }
 
+  float* center(i64 cell) const { return call.centers + (cell * call.heads + head) * D; }
   float* saved(i64 cell) const { return call.sums + (cell * call.heads + head) * (D + 1) * M; }
 };
 

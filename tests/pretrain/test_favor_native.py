@@ -111,6 +111,15 @@ def test_keys_that_grow_along_the_cell(variant: str) -> None:
     assert max(relative(given.native(variant), given.exact())) < 0.015
 
 
+def test_even_attention_leaves_the_queries_a_gradient(variant: str) -> None:
+    """All features read nearly the same, and values and gradients have a mean of their own."""
+    given = Packed([2000], None, 2, 64, 266)
+    given.q, given.k = 0.2 * given.q, 0.2 * given.k
+    given.v, given.grad = given.v + 3 * given.v[:1], given.grad + 3 * given.grad[:1]
+
+    assert max(relative(given.native(variant), given.exact())) < 0.01  # worst 5e-3; 0.6 without c
+
+
 def test_one_token_attends_to_itself(variant: str) -> None:
     given = Packed([1, 1, 1], None, 2, 64, 266)
 
