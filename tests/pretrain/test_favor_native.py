@@ -10,17 +10,15 @@ from torch.utils.checkpoint import checkpoint
 from pretrain import favor, favor_native
 from pretrain.favor import draw_projection, favor_attention
 from pretrain.favor_native import native_attention
-from pretrain.native import VARIANTS, supported_variants
+from pretrain.native import supported_variants
+from tests.support.native_builds import names, runnable
 
 EPSILON = 1e-3
 
 
-@pytest.fixture(params=[name for name in VARIANTS if VARIANTS[name].family == "bf16"])
-def variant(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if name not in supported_variants():
-        pytest.skip(f"this CPU cannot run the {name} build")
-    return name
+@pytest.fixture(params=names("bf16"))
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return runnable(request.param, monkeypatch)
 
 
 class Packed:

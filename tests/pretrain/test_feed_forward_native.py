@@ -12,18 +12,16 @@ from pretrain.block import build_blocks
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
 from pretrain.feed_forward_native import native_feed_forward, usable
-from pretrain.native import VARIANTS, supported_variants
+from pretrain.native import supported_variants
+from tests.support.native_builds import names, runnable
 from tests.support.tiny import BINNING, ENCODER, NUM_GENES
 
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(params=[name for name in VARIANTS if VARIANTS[name].family == "bf16"])
-def variant(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if name not in supported_variants():
-        pytest.skip(f"this CPU cannot run the {name} build")
-    return name
+@pytest.fixture(params=names("bf16"))
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return runnable(request.param, monkeypatch)
 
 
 class Layers(nn.Module):

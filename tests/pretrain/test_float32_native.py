@@ -11,18 +11,16 @@ from pretrain.encoder import build_encoder
 from pretrain.favor import draw_projection, favor_attention
 from pretrain.feed_forward_native import usable
 from pretrain.float32_native import attend, feed_forward
-from pretrain.native import VARIANTS, supported_variants
+from pretrain.native import supported_variants
+from tests.support.native_builds import names, runnable
 from tests.support.tiny import BINNING, NUM_GENES
 
 EPSILON = 1e-3
 
 
-@pytest.fixture(params=[name for name in VARIANTS if VARIANTS[name].family == "float32"])
-def variant(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if name not in supported_variants("float32"):
-        pytest.skip(f"this CPU cannot run the {name} build")
-    return name
+@pytest.fixture(params=names("float32"))
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return runnable(request.param, monkeypatch)
 
 
 class Cells:
