@@ -111,7 +111,7 @@ def check_disk(folder: Path, free: int | None = None) -> Finding:
 
 def check_compiler(environ: Mapping[str, str], which: Callable[..., str | None]) -> Finding:
     """What DeepSpeed, the attention kernel and the store's are compiled with on first use."""
-    compiler = environ.get("CXX") or "c++"
+    compiler = (environ.get("CXX", "").split() or ["c++"])[0]  # without its arguments
     missing = []
     if which(compiler) is None:
         missing.append(f"no compiler {compiler!r} (sudo apt-get install g++)")
@@ -162,13 +162,14 @@ def check_torch() -> Finding:
 
 def check_attention_kernel() -> Finding:
     """Whether this CPU runs the native attention, which is several times faster."""
-    from pretrain.native import missing
+    from pretrain.native import best_variant, missing
 
     if reason := missing("float32"):
         return Finding("attention kernel", "warning", reason, "attention runs in plain PyTorch")
     if reason := missing("bf16"):
         return Finding("attention kernel", "ok", f"native in float32; for bf16 {reason}")
-    return Finding("attention kernel", "ok", "native, in float32 and bf16")
+    builds = f"{best_variant('float32')} and {best_variant('bf16')}"
+    return Finding("attention kernel", "ok", f"native, in float32 and bf16 ({builds})")
 
 
 def check_store_kernels() -> Finding:

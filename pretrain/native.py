@@ -6,6 +6,7 @@ what stands against one elsewhere. `datastore.compiling` says how they are compi
 
 import ctypes
 import functools
+import logging
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from datastore.compiling import compile_library
+
+_logger = logging.getLogger(__name__)
 
 Family = Literal["bf16", "float32"]
 
@@ -63,18 +66,41 @@ VARIANTS: Final[Mapping[str, Variant]] = {
 """Builds by name, the fastest of a family first."""
 
 
-@functools.cache
 def missing(family: Family = "bf16") -> str | None:
     """What this machine lacks to run a family, or None; compiles it at the first call."""
+    return _choose(family)[1]
+
+
+def best_variant(family: Family = "bf16") -> str:
+    """The fastest build of a family that runs here.
+
+    Raises:
+        OSError: If none does, for the reason that `missing` gives.
+    """
+    variant, problem = _choose(family)
+    if variant is None:
+        raise OSError(f"there are no native kernels in {family}: {problem}")
+    return variant
+
+
+@functools.cache
+def _choose(family: Family) -> tuple[str | None, str | None]:
+    """The first build that loads, or why there is none; tells once which were passed over."""
     variants = supported_variants(family)
     if not variants:
         least = {"bf16": "AVX-512 (x86-64 with F, BW, VL and DQ)", "float32": "AVX2 (x86-64)"}
-        return f"the CPU has no {least[family]}"
-    try:
-        load(variants[0])
-    except (OSError, subprocess.SubprocessError) as problem:
-        return str(problem)
-    return None
+        return None, f"the CPU has no {least[family]}"
+    problems = {}
+    for variant in variants:
+        try:
+            load(variant)
+        except (OSError, subprocess.SubprocessError) as problem:
+            problems[variant] = str(problem)
+            continue
+        for name, reason in problems.items():
+            _logger.warning("native kernels: %s in place of %s: %s", variant, name, reason)
+        return variant, None
+    return None, "; ".join(dict.fromkeys(problems.values()))
 
 
 @functools.cache
@@ -88,11 +114,6 @@ def supported_variants(family: Family = "bf16") -> tuple[str, ...]:
     flags = set(line.split())
     of = (name for name, variant in VARIANTS.items() if variant.family == family)
     return tuple(name for name in of if flags.issuperset(VARIANTS[name].needs))
-
-
-def best_variant(family: Family = "bf16") -> str:
-    """The fastest build of a family that this CPU can run."""
-    return supported_variants(family)[0]
 
 
 @functools.cache

@@ -55,6 +55,12 @@ def version_of(name: str) -> str:
             id="compiler",
         ),
         pytest.param(
+            checks.check_compiler({"CXX": "g++ -pipe"}, {"g++": "/g++"}.get),
+            "problem",
+            "compiler no ninja",
+            id="compiler with arguments",
+        ),
+        pytest.param(
             next(checks.check_packages(["a>=2", "gone", "b; extra == 'dev'"], version_of)),
             "problem",
             "a is 1.0, needed is >=2; gone is missing",
