@@ -243,7 +243,7 @@ extern "C" int feed_forward_forward(const FeedForward* layer) try {
     for (i64 i; (i = next++) < tasks;)
       worker.forward(i * GROUP, std::min(GROUP, layer->rows - i * GROUP));
   });
-} catch (const std::bad_alloc&) {
+} catch (...) {
   return 1;
 }
 
@@ -270,6 +270,6 @@ extern "C" int feed_forward_backward(const FeedForward* layer) try {
   });
   if (!failed) write_gradients(plan, total);
   return failed;
-} catch (const std::bad_alloc&) {
+} catch (...) {
   return 1;
 }

@@ -98,6 +98,6 @@ extern "C" int float32_feed_forward(const FeedForward* call) try {
     for (i64 i; (i = next++) < tasks;)
       worker.feed(i * STRIP, std::min<i64>(STRIP, call->rows - i * STRIP));
   });
-} catch (const std::bad_alloc&) {
+} catch (...) {
   return 1;
 }

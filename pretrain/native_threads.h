@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,23 +44,24 @@ class TinyIsZero {
 };
 
 // Run `work(next)` on threads of its own; each takes numbers below `tasks` from `next` until none
-// is left. Returns whether memory ran out.
-template <class Work> bool in_parallel(i64 threads, i64 tasks, Work work) {
+// is left. Returns whether memory ran out. Throws nothing: its callers are called from C.
+template <class Work> bool in_parallel(i64 threads, i64 tasks, Work work) noexcept {
   std::atomic<i64> next{0};
   std::atomic<bool> failed{false};
   auto guarded = [&] {
     const TinyIsZero rule;
     try {
       work(next);
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
       failed = true;
     }
   };
   std::vector<std::thread> others;
   try {
+    others.reserve(std::max<i64>(0, std::min(threads, tasks) - 1));
     for (i64 i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(guarded);
-  } catch (const std::system_error&) {
-  }  // no more threads to be had: those there are do the work
+  } catch (...) {
+  }  // no more threads to be had, or no memory for them: those there are do the work
   guarded();
   for (std::thread& other : others) other.join();
   return failed;
