@@ -4,7 +4,6 @@ bf16 inputs take `favor_native.cpp`, on x86-64 with AVX-512; float32 inputs `flo
 with AVX2 too. `unavailable` says why neither can run.
 """
 
-import ctypes
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,8 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain import float32_native
-from pretrain.fused import empty_slices
 from pretrain.native import Family, best_variant, load, missing, run
+from pretrain.native_calls import (
+    as_rows,
+    attention_call,
+    attention_gradients,
+    check_attention,
+    scaled,
+)
 
 MAX_DIM = 512
 """Widest head; the kernel rounds a row of it on the stack."""
@@ -51,7 +56,11 @@ def native_attention(
 
     Returns:
         Attended values, (Q, H, d), of the same type.
+
+    Raises:
+        ValueError: If a tensor is not on the CPU, or types or shapes do not fit.
     """
+    check_attention(q, k, v, projection, offsets, query_offsets)
     if q.dtype == torch.float32:
         return float32_native.attend(q, k, v, projection, epsilon, offsets, query_offsets, variant)
     variant = variant or best_variant()
@@ -65,28 +74,12 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernel cannot attend to these tensors here, or None if it can."""
     if q.dtype not in _FAMILIES or not q.dtype == k.dtype == v.dtype:
         return f"it takes bfloat16 or float32, not {str(q.dtype).removeprefix('torch.')}"
-    if q.device.type != "cpu":
-        return f"it runs on the CPU, not on {q.device.type}"
+    elsewhere = {x.device.type for x in (q, k, v)} - {"cpu"}
+    if elsewhere:
+        return f"it runs on the CPU, not on {min(elsewhere)}"
     if q.shape[-1] > MAX_DIM:
         return f"heads are {q.shape[-1]} wide, {MAX_DIM} at most"
     return missing(_FAMILIES[q.dtype])
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-
-class _Call(ctypes.Structure):
-    """Mirrors `struct Call` of the source."""
-
-    _fields_ = [
-        *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("directions", "offsets", "query_offsets")),
-        *((name, ctypes.c_void_p) for name in ("divisors", "sums", "centers", "maxima")),
-        *((name, ctypes.c_int64) for name in ("cells", "heads", "dim", "features", "threads")),
-        ("epsilon", ctypes.c_double),
-        ("scale", ctypes.c_double),
-    ]
 
 
 class _NativeAttention(torch.autograd.Function):
@@ -102,62 +95,29 @@ class _NativeAttention(torch.autograd.Function):
         query_offsets: Tensor,
         variant: str,
     ) -> Tensor:
-        q, k, v = (_dense_rows(x) for x in (q, k, v))
-        heads, dim = q.shape[1:]
-        features, cells = len(projection), len(offsets) - 1
-        directions = (projection.float() * dim**-0.25).contiguous()
+        q, k, v = (as_rows(x) for x in (q, k, v))
+        inputs = q, k, v, scaled(projection), offsets, query_offsets
+        cells, heads, dim = len(offsets) - 1, *q.shape[1:]
         out = torch.empty(q.shape, dtype=torch.bfloat16)
-        divisors = torch.empty(q.shape[:2])
-        columns = (dim + 31) // 32 * 32, (features + 15) // 16 * 16
-        sums = torch.empty(cells, heads, columns[0] + 1, columns[1])
-        centers, maxima = torch.empty(cells, heads, columns[0]), torch.empty(cells, heads)
-        saved = q, k, v, directions, offsets, query_offsets, divisors, sums, centers, maxima
-        call = _call(saved, epsilon)
-        call.out = _rows(out)
+        columns = (dim + 31) // 32 * 32, (len(projection) + 15) // 16 * 16
+        kept = {
+            "divisors": torch.empty(q.shape[:2]),
+            "sums": torch.empty(cells, heads, columns[0] + 1, columns[1]),
+            "centers": torch.empty(cells, heads, columns[0]),
+            "maxima": torch.empty(cells, heads),
+        }
+        call = attention_call(inputs, epsilon)
+        call.give(out=out, **kept)
         run(load(variant).favor_forward, call)
-        ctx.save_for_backward(*saved)
-        ctx.epsilon, ctx.variant = epsilon, variant
+        ctx.save_for_backward(*inputs, *kept.values())
+        ctx.epsilon, ctx.variant, ctx.kept = epsilon, variant, tuple(kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        grad = _dense_rows(grad.to(torch.bfloat16))
-        call = _call(saved, ctx.epsilon)
-        gradients = empty_slices(*saved[:3])
-        call.grad = _rows(grad)
-        call.grad_q, call.grad_k, call.grad_v = (_rows(x) for x in gradients)
-        run(load(ctx.variant).favor_backward, call)
+        saved = ctx.saved_tensors  # once: under checkpointing, each look computes them again
+        call = attention_call(saved[:6], ctx.epsilon)
+        call.give(**dict(zip(ctx.kept, saved[6:], strict=True)))
+        gradients = attention_gradients(load(ctx.variant).favor_backward, call, grad, saved[:3])
         return *gradients, None, None, None, None, None
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows(x: Tensor) -> _Rows:
-    return _Rows(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _call(saved: tuple[Tensor, ...], epsilon: float) -> _Call:
-    q, k, v, directions, offsets, query_offsets, divisors, sums, centers, maxima = saved
-    return _Call(
-        q=_rows(q),
-        k=_rows(k),
-        v=_rows(v),
-        directions=directions.data_ptr(),
-        offsets=offsets.data_ptr(),
-        query_offsets=query_offsets.data_ptr(),
-        divisors=divisors.data_ptr(),
-        sums=sums.data_ptr(),
-        centers=centers.data_ptr(),
-        maxima=maxima.data_ptr(),
-        cells=len(offsets) - 1,
-        heads=q.shape[1],
-        dim=q.shape[2],
-        features=len(directions),
-        threads=torch.get_num_threads(),
-        epsilon=epsilon,
-        scale=q.shape[2] ** -0.25,
-    )

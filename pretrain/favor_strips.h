@@ -2,25 +2,10 @@
 // (pretrain/favor_native.cpp walks along the cells with it).
 #pragma once
 
+#include "attention_call.h"
 #include "native_tiles.h"
 
-struct Rows {  // a (tokens, heads, dim) tensor whose last dimension is dense; strides in elements
-  bf16* data;
-  i64 token, head;
-  bf16* at(i64 t, i64 h) const { return data + t * token + h * head; }
-};
-
-struct Call {  // mirrored by ctypes in pretrain/favor_native.py
-  Rows q, k, v, out, grad, grad_q, grad_k, grad_v;
-  const float* directions;             // (m, d), scaled by d^-1/4
-  const i64 *offsets, *query_offsets;  // (cells + 1)
-  float* divisors;                     // (queries, heads): what each attended value was divided by
-  float* sums;                         // (cells, heads, d + 1, M): S transposed, then z
-  float* centers;                      // (cells, heads, D): c
-  float* maxima;                       // (cells, heads): largest exponent of the keys
-  i64 cells, heads, dim, features, threads;
-  double epsilon, scale;  // scale = d^-1/4
-};
+using Call = AttentionCall<bf16>;  // sums: (D + 1, M) of each, S transposed, then z; centers: (D)
 
 namespace {
 
@@ -122,7 +107,7 @@ struct Strips {
   __mmask32 dims(i64 i) const { return d - i >= 32 ? ~0u : (1u << (d - i)) - 1; }
 
   // Copy rows [t, t + n) of a head; rows and columns beyond are zero.
-  void fetch(bf16* to, const Rows& from, i64 t, i64 n) {
+  void fetch(bf16* to, const Rows<bf16>& from, i64 t, i64 n) {
     const bf16* row = from.at(t, head);
     const i64 ahead = STRIP * from.token;  // the next strip's
     for (i64 r = 0; r < n; ++r, row += from.token)
@@ -164,7 +149,7 @@ struct Strips {
   }
 
   // Round the strip in `small` (32 x D) into rows [t, t + n).
-  void store(const Rows& to, i64 t, i64 n) {
+  void store(const Rows<bf16>& to, i64 t, i64 n) {
     bf16* row = to.at(t, head);
     for (i64 r = 0; r < n; ++r, row += to.token)
       for (i64 i = 0; i < d; i += 32) {

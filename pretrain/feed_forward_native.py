@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from pretrain import float32_native
 from pretrain.native import best_variant, load, missing, run
+from pretrain.native_calls import check_feed_forward
 
 KERNELS = ("auto", "native")
 """Words of `encoder.kernel` that allow these kernels."""
@@ -26,7 +27,9 @@ def usable(x: Tensor, kernel: str, *weights: Tensor) -> bool:
     They take bf16 on the CPU; under autocast to bf16 float32 too, of which products are rounded;
     and float32 where no gradients are asked for.
     """
-    if kernel not in KERNELS or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if kernel not in KERNELS or torch.compiler.is_compiling():
+        return False
+    if any(tensor.device.type != "cpu" for tensor in (x, *weights)):
         return False
     narrow = torch.bfloat16
     if not torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
@@ -45,10 +48,11 @@ def native_feed_forward(
 ) -> Tensor:
     """Compute x + outer(gelu(inner(norm(x)))).
 
-    The result does not depend on the number of threads (`torch.get_num_threads`).
+    The result does not depend on the number of threads (`torch.get_num_threads`). Float32 layers of
+    which `float32_native.feeds` does not hold, as those with gradients, are computed by PyTorch.
 
     Args:
-        x: Rows, bf16 or float32 on the CPU, (n, D).
+        x: Rows, bf16 or float32 on the CPU, (n, D) or (B, n, D).
         norm: Over D.
         inner: D to H units, with a bias.
         outer: H units to D, with a bias.
@@ -56,12 +60,20 @@ def native_feed_forward(
 
     Returns:
         As `x`.
+
+    Raises:
+        ValueError: If a tensor is not on the CPU, is missing, or types or shapes do not fit.
     """
-    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return float32_native.feed_forward(x, norm, inner, outer, variant)
+    check_feed_forward(x, norm, inner, outer)
     parameters = norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
-    out: Tensor = _FeedForward.apply(x, norm.eps, variant or best_variant(), *parameters)
-    return out
+    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if float32_native.feeds(x, *parameters):
+            return float32_native.feed_forward(x, norm, inner, outer, variant)
+        plain: Tensor = x + outer(nn.functional.gelu(inner(norm(x))))
+        return plain
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _FeedForward.apply(rows, norm.eps, variant or best_variant(), *parameters)
+    return out.view(x.shape)
 
 
 class _Call(ctypes.Structure):

@@ -1,23 +1,10 @@
 // FAVOR+ attention in float32, forward and backward. Formulas and names are those of
 // pretrain/favor_tiled.py (S, z, dS, dz, e; g is the gradient of a read).
+#include "attention_call.h"
 #include "float32_vectors.h"
 
-struct Rows {  // a (tokens, heads, dim) tensor whose last dimension is dense; strides in elements
-  float* data;
-  i64 token, head;
-  float* at(i64 t, i64 h) const { return data + t * token + h * head; }
-};
-
-struct Attention {  // mirrored by ctypes in pretrain/float32_native.py
-  Rows q, k, v, out, grad, grad_q, grad_k, grad_v;
-  const float* directions;             // (m, d), scaled by d^-1/4
-  const i64 *offsets, *query_offsets;  // (cells + 1)
-  // Kept for the backward pass, or null: divisors of the reads, (queries, heads); S and z of each
-  // head of a cell, (cells, heads, m, d + 1) with rows and columns filled up; the largest exponents.
-  float *divisors, *sums, *maxima;
-  i64 cells, heads, dim, features, threads;
-  double epsilon, scale;  // scale = d^-1/4
-};
+// What is kept for the backward pass is null where there is none; sums: (M, D) of S, then z (M).
+using Attention = AttentionCall<float>;
 
 namespace {
 
@@ -59,7 +46,7 @@ struct Worker {  // memory and steps: a head of a cell at a time
   float& maximum(i64 cell) const { return call.maxima[cell * call.heads + head]; }
 
   // Copy rows [t, t + n) of the head; rows and columns beyond are zero.
-  void fetch(float* to, const Rows& from, i64 t, i64 n) const {
+  void fetch(float* to, const Rows<float>& from, i64 t, i64 n) const {
     for (i64 r = 0; r < n; ++r) std::copy_n(from.at(t + r, head), d, to + r * D);
     std::fill(to + n * D, to + STRIP * D, 0.f);
   }

@@ -22,6 +22,7 @@ Family = Literal["bf16", "float32"]
 COMMON_FLAGS: Final = "-std=c++17 -O3 -w -fPIC -shared -pthread -ffp-contract=fast"
 SOURCES: Final[Mapping[Family, tuple[str, ...]]] = {
     "bf16": (
+        "attention_call.h",
         "favor_native.cpp",
         "favor_strips.h",
         "feed_forward_native.cpp",
@@ -30,6 +31,7 @@ SOURCES: Final[Mapping[Family, tuple[str, ...]]] = {
         "native_threads.h",
     ),
     "float32": (
+        "attention_call.h",
         "float32_attention.cpp",
         "float32_feed_forward.cpp",
         "float32_vectors.h",

@@ -1,6 +1,7 @@
 """The native kernel against the whole feature maps in float64, build by build."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,44 @@ def test_strided_views_of_a_fused_product(variant: str) -> None:
     ours = native_attention(q, k, v, given.projection, EPSILON, *offsets, variant)
 
     assert torch.equal(ours, given.native(variant)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "projection", "offsets", "query_offsets"])
+def test_tensors_elsewhere_are_refused(name: str, dtype: torch.dtype) -> None:
+    given = arguments(dtype)
+    given[name] = given[name].to("meta")
+
+    with pytest.raises(ValueError, match=f"^{name} is on meta; native kernels run on the CPU"):
+        native_attention(**given, epsilon=EPSILON)
+    if name in ("q", "k", "v"):
+        told = favor_native.unavailable(given["q"], given["k"], given["v"])
+        assert told == "it runs on the CPU, not on meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "told"),
+    [
+        pytest.param("k", torch.zeros(9, 2, 8), "v bfloat16; native attention takes", id="type"),
+        pytest.param("q", torch.zeros(9, 16, dtype=torch.bfloat16), r"q \(9, 16\)", id="two axes"),
+        pytest.param("v", torch.zeros(8, 2, 8, dtype=torch.bfloat16), r"v \(8, ", id="rows"),
+        pytest.param("q", torch.zeros(9, 3, 8, dtype=torch.bfloat16), r"q \(9, 3", id="heads"),
+        pytest.param("projection", torch.zeros(24, 9), "need the heads' width, 8", id="width"),
+        pytest.param(
+            "offsets", torch.tensor([0, 9], dtype=torch.int32), "offsets must", id="int32"
+        ),
+        pytest.param("query_offsets", torch.tensor([0, 4, 9]), "query_offsets must", id="cells"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, changed: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        native_attention(**(arguments(torch.bfloat16) | {name: changed}), epsilon=EPSILON)
+
+
+def arguments(dtype: torch.dtype) -> dict[str, Any]:
+    rows = {name: torch.zeros(9, 2, 8, dtype=dtype) for name in ("q", "k", "v")}
+    ends = {name: torch.tensor([0, 9]) for name in ("offsets", "query_offsets")}
+    return {**rows, **ends, "projection": torch.zeros(24, 8)}
 
 
 @pytest.mark.skipif(not supported_variants(), reason="this CPU cannot run the kernel")

@@ -138,6 +138,66 @@ def test_strided_rows_and_gradients(variant: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(layers.native(variant), expected, strict=True))
 
 
+def test_cells_of_rows_are_rows(variant: str) -> None:
+    layers = Layers(60, 32, 64)
+    expected = layers.native(variant)
+    layers.x, layers.grad = (x.view(3, 20, 32) for x in (layers.x, layers.grad))
+    out, grad_x, *weights = layers.native(variant)
+
+    assert out.shape == grad_x.shape == (3, 20, 32)
+    found = [out.flatten(0, 1), grad_x.flatten(0, 1), *weights]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+class TestWhatDoesNotFit:
+    """It is refused by name: a kernel would read what lies beyond, or nowhere."""
+
+    @pytest.fixture
+    def layers(self, dtype: torch.dtype) -> Layers:
+        return Layers(5, 16, 32).to(dtype).requires_grad_(False)
+
+    @staticmethod
+    def refused(layers: Layers, told: str) -> None:
+        with pytest.raises(ValueError, match=told):
+            native_feed_forward(layers.x, layers.norm, layers.inner, layers.outer)
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("norm.weight", (15,)),
+            ("norm.bias", (17,)),
+            ("inner.weight", (32, 17)),
+            ("inner.bias", (31,)),
+            ("outer.weight", (16, 31)),
+            ("outer.bias", (15,)),
+        ],
+    )
+    def test_weights(self, name: str, shape: tuple[int, ...], layers: Layers) -> None:
+        layer, _, field = name.partition(".")
+        layers.x = layers.x.to(layers.norm.weight.dtype)
+        whole = getattr(layers.get_submodule(layer), field)
+        changes: dict[str, nn.Parameter | None] = {
+            f"^{name} is on meta": nn.Parameter(whole.to("meta")),
+            rf"^{name} is \({', '.join(map(str, shape))}": nn.Parameter(whole.new_zeros(shape)),
+        }
+        if field == "bias":  # layers can be built without
+            changes[f"^{name} is missing"] = None
+        for told, changed in changes.items():
+            setattr(layers.get_submodule(layer), field, changed)
+            self.refused(layers, told)
+
+    def test_rows(self, layers: Layers, dtype: torch.dtype) -> None:
+        for x, told in (
+            (torch.zeros(5, 17, dtype=dtype), r"norm.weight is \(16,\); rows of 17"),
+            (torch.zeros(5, 16, dtype=dtype, device="meta"), "^x is on meta"),
+            (torch.zeros(5, 16, dtype=torch.float64), "^x is float64"),
+            (torch.zeros((), dtype=dtype), "^x is a single number"),
+        ):
+            layers.x = x
+            self.refused(layers, told)
+
+
 @pytest.mark.skipif(not supported_variants(), reason="this CPU cannot run the kernel")
 class TestChoice:
     @staticmethod
@@ -176,6 +236,7 @@ class TestChoice:
         assert not usable(x.float(), "auto", weight)
         assert not usable(x, "reference", weight)
         assert not usable(x.to("meta"), "auto", weight)
+        assert not usable(x, "auto", weight, weight.to("meta"))
         with torch.autocast("cpu", torch.float16):
             assert not usable(x, "auto", weight)
         monkeypatch.setattr(feed_forward_native, "missing", lambda: "there is no C++ compiler")

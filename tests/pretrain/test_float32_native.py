@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pretrain.config import EncoderConfig
 from pretrain.encoder import build_encoder
 from pretrain.favor import draw_projection, favor_attention
-from pretrain.feed_forward_native import usable
+from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.float32_native import attend, feed_forward
 from pretrain.native import supported_variants
 from tests.support.native_builds import names, runnable
@@ -155,6 +155,31 @@ def test_feed_forward_is_that_of_the_layers(shape: tuple[int, int, int], variant
         exact = x.double() + wide[2](hidden_units)
         assert error(found, exact) < 2e-6  # worst seen 4e-7
         assert torch.equal(feed_forward(x[-1:], norm, inner, outer, variant), found[-1:])
+
+
+def test_cells_of_rows_are_rows(variant: str) -> None:
+    norm, inner, outer = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+    x = torch.randn(3, 20, 16, generator=_seeded())
+    found = feed_forward(x, norm, inner, outer, variant)
+    rows = feed_forward(x.flatten(0, 1), norm, inner, outer, variant)
+
+    assert found.shape == x.shape
+    assert torch.equal(found.flatten(0, 1), rows)
+    with pytest.raises(ValueError, match=r"outer.weight is \(32, 16\); rows of 16"):
+        feed_forward(x, norm, inner, inner, variant)
+    with pytest.raises(ValueError, match="takes rows and weights of float32 alone"):
+        feed_forward(x, norm, inner, outer.bfloat16(), variant)
+
+
+def test_gradients_of_any_weight_are_not_lost() -> None:
+    norm, inner, outer = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+    inner.weight.requires_grad_(False)
+    assert usable(torch.ones(5, 16), "auto", inner.weight) is bool(supported_variants("float32"))
+
+    native_feed_forward(torch.ones(5, 16), norm, inner, outer).sum().backward()
+
+    assert outer.bias.grad is not None
+    assert outer.bias.grad.tolist() == [5] * 16
 
 
 @pytest.mark.skipif(not supported_variants("float32"), reason="this CPU cannot run the kernels")
