@@ -11,11 +11,13 @@ attention with performers", equations 5 to 7 and Lemma 1.)
 import functools
 import logging
 import warnings
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pretrain.favor_checks import cell_lengths, check_attention, type_name
 from pretrain.favor_native import native_attention, unavailable
 from pretrain.favor_tiled import tiled_attention
 
@@ -85,32 +87,35 @@ def favor_attention(
     Cells are either of one length, dense, or packed one behind the other with `offsets`.
 
     Args:
-        q: Queries, (B, n, H, d); packed (Q, H, d).
+        q: Queries, floats (B, n, H, d); packed (Q, H, d).
         k: Keys, (B, n, H, d); packed (tokens, H, d).
         v: Values, as the keys.
-        projection: Random directions, (m, d).
+        projection: Random directions, (m, d); constants, to which no gradient flows.
         offsets: Packed cells: first token of each cell and their number at the end, int64 (B + 1,).
         query_offsets: The same for the queries, if they are other positions than the keys'. A cell
             may have no queries, but not no keys.
         kernel: Which implementation, see `KERNELS`.
-        epsilon: Added to each feature.
+        epsilon: Added to each feature, 0 or more.
 
     Returns:
         Attended values in the shape of `q` and the type of `v`.
 
     Raises:
-        ValueError: If shapes, offsets or the kernel's name do not fit.
+        ValueError: If shapes, types, devices, offsets, epsilon or the kernel's name do not fit.
     """
-    _check_shapes(q, k, v, projection, packed=offsets is not None)
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}")
+    check_attention(q, k, v, projection, epsilon, packed=offsets is not None)
+    projection = projection.detach()
     if offsets is None:
+        if query_offsets is not None:
+            raise ValueError("query_offsets are for packed cells; give offsets, too, or neither")
         return _attend_dense(q, k, v, projection, kernel, epsilon)
-    lengths = _lengths(offsets, len(k), "offsets", least=1)
+    lengths = cell_lengths(offsets, len(k), "offsets", least=1)
     if query_offsets is None:
-        query_lengths = _lengths(offsets, len(q), "offsets", least=1)
+        query_lengths = cell_lengths(offsets, len(q), "offsets", least=1)
     else:
-        query_lengths = _lengths(query_offsets, len(q), "query_offsets", least=0)
+        query_lengths = cell_lengths(query_offsets, len(q), "query_offsets", least=0)
     if len(lengths) != len(query_lengths):
         raise ValueError(
             f"offsets tell of {len(lengths)} cells, query_offsets of {len(query_lengths)}"
@@ -118,7 +123,7 @@ def favor_attention(
     kernel = _resolve(kernel, q, k, v)
     if kernel == "native":
         ends = offsets if query_offsets is None else query_offsets
-        return native_attention(q, k, v, projection, epsilon, offsets, ends)
+        return native_attention(q, k, v, projection, epsilon, offsets.cpu(), ends.cpu())
     cells = zip(q.split(query_lengths), k.split(lengths), v.split(lengths), strict=True)
     function = tiled_attention if kernel == "torch" else _reference
     attended = [function(a[None], b[None], c[None], projection, epsilon)[0] for a, b, c in cells]
@@ -140,18 +145,27 @@ def _attend_dense(
 
 def _resolve(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The implementation to take; a native kernel that cannot run is refused, or passed over."""
+    if q.is_meta and kernel in ("auto", "torch"):
+        return "reference"  # only shapes are computed; tiles need memory
     if kernel not in ("auto", "native"):
         return kernel
     if torch.compiler.is_compiling():
         return "torch"
-    problem = unavailable(q, k, v)
+    problem = _mixed(q, k, v) or unavailable(q, k, v)
     if problem is None:
         return "native"
     if kernel == "native":
         raise ValueError(f"kernel is 'native', but {problem}; choose 'auto' or 'torch'")
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    if q.dtype in (torch.bfloat16, torch.float32) and q.device.type == "cpu":
         _note_fallback(problem)
     return "torch"
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.dtype == k.dtype == v.dtype:
+        return None
+    types = ", ".join(f"{name} is {type_name(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    return f"{types}, and it takes one type"
 
 
 @functools.cache
@@ -159,40 +173,12 @@ def _note_fallback(problem: str) -> None:
     _logger.info("attention runs without the native kernel: %s", problem)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, packed: bool) -> None:
-    layout = "(tokens, H, d)" if packed else "(B, n, H, d)"
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 - packed or k.ndim != q.ndim or k.shape != v.shape:
-        raise ValueError(f"{shapes}; give {layout}, keys and values of one shape")
-    if q.shape[-2:] != k.shape[-2:] or (not packed and len(q) != len(k)):
-        raise ValueError(f"{shapes}; cells, heads and their width must be the same")
-    if projection.ndim != 2 or projection.shape[1] != q.shape[-1]:
-        raise ValueError(
-            f"projection is {tuple(projection.shape)}; its directions need the heads' width, "
-            f"{q.shape[-1]}"
-        )
-    if not packed and not k.shape[1]:
-        raise ValueError("the cells have no keys; attention needs at least one token in each")
-
-
-def _lengths(offsets: Tensor, total: int, name: str, least: int) -> list[int]:
-    if offsets.ndim != 1 or not len(offsets) or offsets.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64 of shape (B + 1,), got {tuple(offsets.shape)}")
-    ends = offsets.tolist()
-    lengths = [b - a for a, b in pairwise(ends)]
-    if ends[0] != 0 or ends[-1] != total or (lengths and min(lengths) < 0):
-        raise ValueError(f"{name} must rise from 0 to the number of tokens, {total}")
-    if lengths and min(lengths) < least:
-        raise ValueError(f"{name} give cell {lengths.index(0)} no token; leave empty cells out")
-    return lengths
-
-
 def _reference(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: float) -> Tensor:
     # Exponents need float32: bf16 has no digits left at |k|²/2 of 30.
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.25
     directions = projection.to(wide).t() * scale  # (d, m)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         q, k, values = (x.to(wide).transpose(1, 2) for x in (q, k, v))  # (B, H, n, d)
         # |q|²/2 is the same for all features of a query and cancels in the normalization.
         exponent = q @ directions  # (B, H, n, m)
@@ -202,6 +188,11 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: flo
         context = key.transpose(-1, -2) @ values  # (B, H, m, d)
         normalizer = query @ key.sum(-2).unsqueeze(-1)  # (B, H, n, 1)
         return (query @ context / normalizer).transpose(1, 2).to(v.dtype)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # There is no autocast for meta, and asking for it fails.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def draw_projection(num_features: int, dim_head: int, seed: int) -> Tensor:

@@ -10,8 +10,11 @@ from performer_pytorch.performer_pytorch import linear_attention, softmax_kernel
 from torch import Tensor
 
 from pretrain.favor import EPSILON, draw_projection, favor_attention
+from pretrain.native import supported_variants
 
 B, H, N, D, M = 2, 3, 11, 8, 24
+FLOAT32 = pytest.mark.skipif(not supported_variants("float32"), reason="no AVX2")
+BF16 = pytest.mark.skipif(not supported_variants("bf16"), reason="no AVX-512")
 
 
 def attend(
@@ -133,20 +136,41 @@ def test_performer_pytorch_itself_is_uniform_for_large_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
+    ("kernel", "dtype", "tolerance"),
     [
-        pytest.param(torch.float32, 0.0, id="float32"),
-        pytest.param(torch.float64, 1e-15, id="float64"),  # worst 2.2e-16
+        pytest.param("native", torch.float32, 0.0, id="native float32", marks=FLOAT32),
+        pytest.param("native", torch.bfloat16, 0.0, id="native bfloat16", marks=BF16),
+        # Products over several cells add in another order than those of one: worst 1.2e-7, 2.2e-16.
+        pytest.param("torch", torch.float32, 5e-7, id="torch float32"),
+        pytest.param("torch", torch.float64, 1e-15, id="torch float64"),
     ],
 )
-def test_a_cell_does_not_depend_on_its_batch_mates(dtype: torch.dtype, tolerance: float) -> None:
+def test_a_cell_does_not_depend_on_its_batch_mates(
+    kernel: str, dtype: torch.dtype, tolerance: float
+) -> None:
     q, k, v, projection = inputs(1.0, dtype)
     loud_q, loud_k, loud_v = (torch.cat([x, 40 * x]) for x in (q, k, v))
 
-    alone = attend(q, k, v, projection)
-    together = attend(loud_q, loud_k, loud_v, projection)[:B]
+    alone = attend(q, k, v, projection, kernel=kernel)
+    together = attend(loud_q, loud_k, loud_v, projection, kernel=kernel)[:B]
 
     torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_packed_cells_of_the_tiles_do_not_depend_on_their_mates_by_a_bit(
+    dtype: torch.dtype,
+) -> None:
+    q, k, v, projection = inputs(1.0, dtype)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    loud_q, loud_k, loud_v = (torch.cat([x, 40 * x]) for x in (q, k, v))
+    ends = torch.tensor([0, 4, 2 * N])
+
+    alone = favor_attention(q, k, v, projection, ends, kernel="torch")
+    mates = torch.cat([ends, torch.tensor([4 * N])])
+    together = favor_attention(loud_q, loud_k, loud_v, projection, mates, kernel="torch")
+
+    assert torch.equal(together[: 2 * N], alone)
 
 
 def test_bfloat16_inputs_are_computed_in_float32() -> None:
@@ -212,54 +236,6 @@ class TestPacked:
         assert (
             favor_attention(q, q, q, draw_projection(M, D, 0), torch.tensor([0])).shape == q.shape
         )
-
-
-PACKED = {"offsets": [0, 3, 6]}
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        pytest.param(
-            (2, 6, H, D), {"kernel": "cuda"}, "kernel is 'cuda'; choose one of auto", id="kernel"
-        ),
-        pytest.param((6, H, D), {}, r"give \(B, n, H, d\)", id="dense without cells"),
-        pytest.param((2, 6, H, D), PACKED, r"give \(tokens, H, d\)", id="packed with cells"),
-        pytest.param((2, 6, H, D + 1), {}, "need the heads' width, 9", id="width"),
-        pytest.param((2, 0, H, D), {}, "have no keys", id="dense without keys"),
-        pytest.param((6, H, D), {"offsets": [0, 3, 3, 6]}, "give cell 1 no token", id="empty cell"),
-        pytest.param((6, H, D), {"offsets": [0, 3, 7]}, "tokens, 6", id="too far"),
-        pytest.param((6, H, D), {"offsets": [0, 5, 3, 6]}, "must rise from 0", id="not rising"),
-        pytest.param((6, H, D), {"offsets": [[0, 6]]}, r"shape \(B \+ 1,\)", id="two-dimensional"),
-        pytest.param(
-            (6, H, D),
-            PACKED | {"query_offsets": [0, 6]},
-            "2 cells, query_offsets of 1",
-            id="other cells",
-        ),
-        pytest.param(
-            (6, H, D),
-            PACKED | {"query_offsets": [0, 1, 5]},
-            "query_offsets must rise",
-            id="queries",
-        ),
-    ],
-)
-def test_refusals(shape: tuple[int, ...], options: dict[str, Any], message: str) -> None:
-    x = torch.zeros(shape)
-    given: dict[str, Any] = {
-        key: torch.tensor(o) if "offsets" in key else o for key, o in options.items()
-    }
-
-    with pytest.raises(ValueError, match=message):
-        favor_attention(x, x, x, draw_projection(M, D, 0), **given)
-
-
-def test_refuses_other_heads_in_queries_than_keys() -> None:
-    q, k = torch.zeros(2, 5, H, D), torch.zeros(2, 5, H + 1, D)
-
-    with pytest.raises(ValueError, match="cells, heads and their width must be the same"):
-        favor_attention(q, k, k, draw_projection(M, D, 0))
 
 
 class TestDrawProjection:
