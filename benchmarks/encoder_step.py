@@ -1,19 +1,22 @@
 """How fast and in how much memory the encoder trains, beside performer-pytorch's.
 
-    python benchmarks/encoder_step.py            # about ten minutes, 12 GB
+    python benchmarks/encoder_step.py            # about twenty minutes, 16 GB
     python benchmarks/encoder_step.py --quick    # two minutes, 4,096 positions, 3 GB
 
 One step is forward, backward and update of the published shape (dim 200, depth 6, 10 heads × 64,
 266 features) on cells with 900 of 16,906 genes expressed. All cases take turns in one process, on
 one thread and with one allocator policy (freed memory is kept), and are timed in CPU-seconds; a
-ratio is the median over the rounds of what two cases took in the same round. Peak memory is
-measured in a process for each case, as growth over the model without a batch. The baseline writes
-logits at every position, as the published code does; ours only where somebody reads. On a CPU
-without AVX-512 there is no native step in bf16: memory, forward, expressed-only and ranks are of
-float32 then, and bf16 autocast is left out.
+ratio is the median over the rounds of what two cases took in the same round. Rounds count once the
+heap has settled: as long as the system is still handing out pages, the baseline, which needs nine
+times the memory, takes up to twice its time. Peak memory is measured in a process for each case, as
+growth over the model without a batch. The baseline writes logits at every position, as the
+published code does; ours only where somebody reads. On a CPU without AVX-512 there is no native
+step in bf16: memory, forward, expressed-only and ranks are of float32 then, and bf16 autocast is
+left out.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,11 +49,26 @@ BARS = [
     Bar("batch_8_vs_1", most=1.0),
     Bar("two_ranks_vs_one", least=1.7),
 ]
-COLUMNS = {"cpu_s": "CPU-s/cell", "gflops": "GFLOP/s", "of_peak": "of peak", "mb": "MB"}
-REFERENCE = "performer_pytorch"
+COLUMNS = {
+    "cpu_s": "CPU-s/cell",
+    "cells_per_s": "cells/s",
+    "gflops": "GFLOP/s",
+    "of_peak": "of peak",
+    "mb": "MB",
+}
+REFERENCE, AUTOCAST = "performer_pytorch", "performer_pytorch_autocast"
 LENGTHS = (1_024, 4_096, 16_907)
+MOST_POSITIONS = 17_000
+"""Of a batch that the baseline takes: 7 GB, and the heap as much again."""
+UNSETTLED = 0.03
+"""Share of a round's CPU time that the system takes while it hands out pages."""
+
+SETTLING_ROUNDS = 4
+"""At most; a round that is settled is followed by rounds that count."""
+OURS = ("native", "fp32", "torch")
 
 Times = dict[str, list[float]]
+Grid = dict[str, float]
 
 
 def main() -> None:
@@ -65,21 +83,18 @@ def main() -> None:
     trainers = {name: CASES[name](length) for name in cases}
     steps = take_turns(trainers, length, 1, rounds)
     say("forward only")
-    forward = take_turns(
-        {name: trainers[name] for name in (REFERENCE, fastest(cases))},
-        length,
-        1,
-        rounds,
-        forward=True,
-    )
+    labelling = {name: trainers[name] for name in (REFERENCE, AUTOCAST, *OURS) if name in trainers}
+    forward = take_turns(labelling, length, 1, rounds, forward=True)
+    say("two threads")
+    two_threads = measure_two_threads(labelling, length)
     parts = time_by_part(trainers[fastest(cases)], length)
-    del trainers
+    del trainers, labelling
     give_memory_back()
     say("lengths and batches")
     grid = measure_grid(cases, options.quick)
-    say("memory, threads and ranks")
+    say("memory and ranks")
     give_memory_back()
-    memory = {name: measure_memory(name, length) for name in cases if "autocast" not in name}
+    memory = {name: measure_memory(name, length) for name in cases}
     short = LENGTHS[0] if options.quick else LENGTHS[1]
     ranks = {
         f"{name}, {kind}": measure_ranks(name, short, kind)
@@ -100,6 +115,7 @@ def main() -> None:
         "forward_cpu_s": {k: round(median(v), 3) for k, v in forward.items()},
     }
     figures |= {"grid_cpu_s_per_cell": grid, "seconds_by_part": parts, "ranks_seconds": ranks}
+    figures["two_threads_seconds"] = two_threads
     bars = [] if options.quick else BARS  # they are meant for the full length
     publish(result_of("encoder_step", ratios, bars, figures), COLUMNS, options)
 
@@ -140,31 +156,55 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 def take_turns(
     trainers: dict[str, Trainer], length: int, cells: int, rounds: int, forward: bool = False
 ) -> Times:
-    """CPU-seconds per cell, round by round; a round before them is not counted."""
+    """CPU-seconds per cell, round by round, after one to four rounds for the heap to settle."""
     batch = draw(cells, length)
     times: Times = defaultdict(list)
-    for number in range(rounds + 1):
+    settling, settled = 0, False
+    while min(map(len, times.values()), default=0) < rounds:
+        counted = settled or settling == SETTLING_ROUNDS
+        before = os.times()
         for name, trainer in trainers.items():
             run = trainer.forward if forward else trainer.step
             seconds = cpu_seconds(partial(run, batch)) / cells
-            if number:
+            if counted:
                 times[name].append(seconds)
+        after = os.times()
+        settling += not counted
+        system, own = after.system - before.system, after.user - before.user
+        settled = settled or system < UNSETTLED * (system + own)
     return times
 
 
-def measure_grid(cases: list[str], quick: bool) -> dict[str, float]:
-    """CPU-seconds per cell by length and batch; the baseline at short lengths only."""
+def measure_two_threads(trainers: dict[str, Trainer], length: int) -> dict[str, float]:
+    """Seconds by the clock of a step on two threads, after one that is not counted."""
+    batch, seconds = draw(1, length), {}
+    torch.set_num_threads(2)
+    for name, trainer in trainers.items():
+        trainer.step(batch)
+        start = time.perf_counter()
+        trainer.step(batch)
+        seconds[name] = round(time.perf_counter() - start, 3)
+    torch.set_num_threads(1)
+    return seconds
+
+
+def measure_grid(cases: list[str], quick: bool) -> Grid:
+    """CPU-seconds per cell of steps and of forward passes, by case, length and batch."""
     best, grid = fastest(cases), {}
     for length in LENGTHS[: 2 if quick else 3]:
-        ours = CASES[best](length)
-        for cells in (1, 2, 8) if length <= LENGTHS[1] else (1, 2):  # 8 whole cells take 10 GB
-            compared = {best: ours}
-            if (cells == 1 and length <= LENGTHS[1]) or (length == LENGTHS[0] and not quick):
-                compared[REFERENCE] = CASES[REFERENCE](length)
-            rounds = 2 if length * cells < 40_000 and not quick else 1
-            times = take_turns(compared, length, cells, rounds)
-            for name, seconds in times.items():
-                grid[f"{name}, {length} positions, batch {cells}"] = round(min(seconds), 4)
+        for cells in (1, 2, 8):
+            positions = length * cells
+            fits = positions < MOST_POSITIONS / (4 if quick else 1)
+            names = (best, REFERENCE, AUTOCAST) if fits else (best,)
+            compared = {name: CASES[name](length) for name in names if name in cases}
+            rounds = 2 if fits and not quick else 1
+            for kind in ("step",) if quick else ("step", "forward"):
+                times = take_turns(compared, length, cells, rounds, kind == "forward")
+                for name, seconds in times.items():
+                    where = f"{name}, {length} positions, batch {cells}, {kind}"
+                    grid[where] = round(min(seconds), 4)
+            if cells == 8:
+                give_memory_back()
     return grid
 
 
@@ -238,7 +278,7 @@ def compare(
     longest = max(int(name.split(", ")[1].split()[0]) for name in grid if name.startswith(best))
 
     def per_token(length: int) -> float:
-        return grid[f"{best}, {length} positions, batch 1"] / length
+        return grid[f"{best}, {length} positions, batch 1, step"] / length
 
     def share(name: str) -> float:
         return memory[name] / memory[REFERENCE]
@@ -247,17 +287,20 @@ def compare(
         "full_torch": times(REFERENCE, "torch"),
         "full_native": times(REFERENCE, "native"),
         "full_fp32": times(REFERENCE, "fp32"),
-        "native_vs_autocast": times(f"{REFERENCE}_autocast", "native"),
-        "autocast": times(REFERENCE, f"{REFERENCE}_autocast"),
+        "native_vs_autocast": times(AUTOCAST, "native"),
+        "autocast": times(REFERENCE, AUTOCAST),
         "memory": share(best),
         "memory_checkpointed": share(f"{best}_checkpointed"),
         "expressed_vs_full": times(best, f"{best}_expressed"),
         "expressed": times(REFERENCE, f"{best}_expressed"),
         "expressed_zeros": times(REFERENCE, f"{best}_expressed_zeros"),
         "forward": times(REFERENCE, best, forward),
+        "forward_vs_autocast": times(AUTOCAST, best, forward),
+        "forward_fp32": times(REFERENCE, "fp32", forward),
         "linearity": per_token(longest) / per_token(LENGTHS[0]),
-        "batch_8_vs_1": grid[f"{best}, {LENGTHS[1]} positions, batch 8"]
-        / grid[f"{best}, {LENGTHS[1]} positions, batch 1"],
+        "linearity_from_4096": per_token(longest) / per_token(LENGTHS[1]),
+        "batch_8_vs_1": grid[f"{best}, {longest} positions, batch 8, step"]
+        / grid[f"{best}, {longest} positions, batch 1, step"],
     }
 
 
@@ -269,6 +312,7 @@ def figures_of(steps: Times, memory: dict[str, float], length: int) -> dict[str,
     for name, seconds in steps.items():
         narrow = "bf16" in peaks and name != REFERENCE and not name.startswith("fp32")
         numbers = {"cpu_s": round(median(seconds), 3)}
+        numbers["cells_per_s"] = 1 / median(seconds)
         if "_expressed" not in name:  # the published model's arithmetic, however it is computed
             rate = step_gflop(length) / median(seconds)
             numbers |= {"gflops": rate, "of_peak": rate / peaks["bf16" if narrow else "fp32"]}

@@ -11,13 +11,17 @@ All variants see the same hidden genes of the same cells in the same order:
 - `ours`: our blocks and kernels, float32.
 - `ours_bf16`: the same in bfloat16 with float32 master weights and Adam.
 - `ours_redrawn`: `ours` with other random features.
+
+At the end the gradients of bf16 are compared with those of float64, at the same weights (rounded to
+bf16) and batch: all of them together, and those of the weights of queries and keys one by one.
 """
 
 import argparse
+import copy
 import json
-import platform
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from performer_pytorch import Performer
 from torch import Tensor, nn
+from turns import cpu_model
 
 from datastore.config import BinningConfig, OrderConfig, SelectionConfig
 from datastore.loader import CellLoader
@@ -106,11 +111,11 @@ class Trainee:
     ) -> None:
         self._master: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self._reverse = reverse
-        self._model = model
+        self.model = model
         if dtype != torch.float32:
             self._master = [p.detach().clone().requires_grad_() for p in self._master]
-            self._model = model.to(dtype)
-        self._own = [p for p in self._model.parameters() if p.requires_grad]
+            self.model = model.to(dtype)
+        self._own = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(self._master, lr=LEARNING_RATE)
         self.losses: list[float] = []
         self.cpu_seconds = 0.0
@@ -119,7 +124,7 @@ class Trainee:
         """Train on a batch and note its mean loss."""
         start = time.process_time()
         tokens, read, targets = _reversed(batch, length) if self._reverse else batch
-        loss = self._model(tokens, read, targets)[0] / len(targets)
+        loss = self.model(tokens, read, targets)[0] / len(targets)
         loss.backward()
         for own, master in zip(self._own, self._master, strict=True):
             if own is not master:
@@ -177,6 +182,35 @@ def variants(num_genes: int) -> dict[str, Trainee]:
     }
 
 
+def gradient_errors(model: nn.Module, batch: Batch, autocast: bool) -> dict[str, float]:
+    """Relative errors of gradients in bf16, by autocast or with weights in bf16, in norm."""
+    rounded = copy.deepcopy(model).bfloat16().double()
+    exact = _gradients(rounded, batch)
+    narrow = rounded.float() if autocast else rounded.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = _gradients(narrow, batch)
+    errors = {name: ours[name] - gradient for name, gradient in exact.items()}
+    together = [sum(float(x.norm() ** 2) for x in of.values()) ** 0.5 for of in (errors, exact)]
+    single = [
+        float(errors[name].norm() / gradient.norm())
+        for name, gradient in exact.items()
+        if "to_q" in name or "to_k" in name
+    ]
+    return {
+        "all": together[0] / together[1],
+        "worst of queries and keys": max(single),
+        "median of queries and keys": median(single),
+    }
+
+
+def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    tokens, read, targets = batch
+    model.zero_grad()
+    (model(tokens, read, targets)[0] / len(targets)).backward()
+    found = {name: of.grad for name, of in model.named_parameters() if of.grad is not None}
+    return {name: gradient.double().clone() for name, gradient in found.items()}
+
+
 def run(store: str, steps: int, batch_size: int) -> dict[str, Any]:
     """Train all variants in turn, step by step."""
     num_genes, data = batches(store, steps, batch_size)
@@ -186,6 +220,15 @@ def run(store: str, steps: int, batch_size: int) -> dict[str, Any]:
             trainee.step(batch, num_genes + 1)
         if (number + 1) % 50 == 0:
             print(number + 1, {name: round(t.losses[-1], 4) for name, t in trainees.items()})
+    errors = {
+        name: gradient_errors(trainees[name].model, data[0], name == "performer_pytorch")
+        for name in ("performer_pytorch", "ours")
+    }
+    torch_only = copy.deepcopy(trainees["ours"].model)
+    for module in torch_only.modules():
+        if hasattr(module, "kernel"):
+            module.kernel = "torch"  # type: ignore[assignment]
+    errors["ours, tiles in PyTorch"] = gradient_errors(torch_only, data[0], autocast=False)
     losses = {name: np.array(trainee.losses) for name, trainee in trainees.items()}
     worst = {f"{one} vs {other}": _worst(losses[one], losses[other]) for one, other in PAIRS}
     return {
@@ -196,9 +239,10 @@ def run(store: str, steps: int, batch_size: int) -> dict[str, Any]:
             "genes": num_genes,
             "worst_relative_difference": worst,
             "mean_loss_of_last_20": {name: float(of[-20:].mean()) for name, of in losses.items()},
+            "gradient_errors_of_bf16": errors,
             "cpu_seconds": {name: trainee.cpu_seconds for name, trainee in trainees.items()},
         },
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1},
+        "machine": {"cpu": cpu_model(), "threads": 1},
         "losses": {name: of.tolist() for name, of in losses.items()},
     }
 

@@ -104,12 +104,23 @@ def result_of(
         },
         "figures": dict(figures),
         "machine": {
+            "cpu": cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "architecture": platform.machine(),
             "system": platform.system(),
             "python": platform.python_version(),
         },
     }
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    named = (line for line in text.splitlines() if line.startswith("model name"))
+    return next(named, "").partition(":")[2].strip() or platform.processor()
 
 
 def publish(result: dict[str, Any], columns: Mapping[str, str], options: Any) -> None:

@@ -20,6 +20,7 @@ from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.fused import split_fused
 from pretrain.products import linear
 from pretrain.published_attention import published_attention
+from pretrain.sums import TokenNorm
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
 """Takes queries, keys, random directions, and the offsets of keys and of queries."""
@@ -133,6 +134,8 @@ def build_blocks(config: EncoderConfig) -> Performer:
         attention.kernel = config.kernel
         attention.published = config.attention == "published"
         block[1].__class__ = FusedFeedForward
+        for before in block:
+            before.norm.__class__ = TokenNorm
         block[1].kernel = config.kernel
         block.__class__ = EncoderBlock
     return performer

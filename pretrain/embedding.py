@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from datastore.config import BinningConfig
+from pretrain.sums import TokenEmbedding
 
 HIDDEN: Final = -1.0
 """What stands for a hidden gene among continuous values, which are 0 or more."""
 
 
-class BinnedExpression(nn.Embedding):
+class BinnedExpression(TokenEmbedding):
     """A row for each bin and one for the mask token."""
 
     def __init__(self, binning: BinningConfig, dim: int) -> None:

@@ -22,6 +22,7 @@ from pretrain.config import EncoderConfig
 from pretrain.embedding import EXPRESSIONS
 from pretrain.favor import draw_projection
 from pretrain.sequence import check_packed, check_read, check_whole
+from pretrain.sums import TokenEmbedding, TokenNorm
 
 
 class ExpressionEncoder(nn.Module):
@@ -54,10 +55,10 @@ class ExpressionEncoder(nn.Module):
             table = None
             if gene_vectors is not None:  # at construction: ZeRO 3 cuts the table right after it
                 table = nn.functional.pad(gene_vectors, (0, 0, 0, 1)).to(self.expression.weight)
-            self.genes = nn.Embedding(num_genes + 1, config.dim, _weight=table)
+            self.genes = TokenEmbedding(num_genes + 1, config.dim, _weight=table)
             self.genes.weight.requires_grad_(config.gene_embedding == "learned")
         self.performer = build_blocks(config)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = TokenNorm(config.dim)
 
     def forward(self, tokens: Tensor, read: Tensor | None = None) -> Tensor:
         """Encode cells given as one token for each gene of the panel.

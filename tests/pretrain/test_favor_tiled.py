@@ -1,10 +1,11 @@
 """Tiles of the sequence against the whole feature maps in float64."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.favor import draw_projection, favor_attention
 from pretrain.favor_tiled import tiled_attention
@@ -143,21 +144,31 @@ def test_keys_that_grow_along_the_cell() -> None:
     assert max(relative(with_gradients(given, 4), exact(given))) < 1e-14
 
 
-def test_memory_does_not_grow_with_the_number_of_features() -> None:
-    """Ours keeps what is as long as the cell only in the width of the heads."""
-    q, k, v, _, projection = inputs((1, 5000, 1, 8), 400, torch.float32)
-    q.requires_grad_()
-    largest = 0
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
 
-    def note(x: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, x.numel())
-        return x
+    elements = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        tiled_attention(q, k, v, projection, EPSILON).sum().backward()
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
 
-    assert largest == q.numel()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_nothing_is_as_long_as_the_cell_and_as_wide_as_the_features(dtype: torch.dtype) -> None:
+    given = inputs((1, 5000, 1, 8), 400, torch.float32).to(dtype)
+
+    with Largest() as ours:
+        with_gradients(given, 256)
+    with Largest() as whole:
+        with_gradients(given, 5000)
+
+    assert ours.elements == 256 * 400  # a tile
+    assert whole.elements == 5000 * 400
 
 
 def test_autocast_changes_nothing() -> None:
