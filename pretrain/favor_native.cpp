@@ -32,6 +32,7 @@ struct Worker : Strips {
     });
     for (i64 h = 0; h < num; ++h) {
       Head& own = turn_to(first_head, h);
+      take_back_rounding(cell);
       add_epsilon();
       for (i64 j = 0; j < m; ++j) count[j] += eps * float(last - first);
       own.base = eps * recenter(cell);
