@@ -25,9 +25,9 @@ struct Worker : Strips {
       fetch(strip, call.k, t, n), fetch_values(cell, t, n);
       exponents(), half_squares(strip, n);
       own.maximum = raise(own.maximum);
-      for (i64 r = 0; r < STRIP; ++r) row_a[r] += own.maximum;
-      features<false, true, false, true>();
-      append_columns(other);
+      for (i64 r = 0; r < STRIP; ++r) shift[r] += own.maximum;
+      features<false, true, false, true>();  // e_k; z += Σ e_k
+      append_columns(other);                 // v - c, for S += e_kᵀ (v - c) of the block
       filled += STRIP;
     });
     for (i64 h = 0; h < num; ++h) {
@@ -48,10 +48,10 @@ struct Worker : Strips {
     walk(first_head, num, first, last, [&](Head& own, i64 t, i64 n) {
       fetch(strip, call.q, t, n);
       exponents(), row_maxima();
-      features<true, false, false, false>(count);
-      multiply(small, e_rows, MK, by_feature, D, MK);
-      for (i64 r = 0; r < n; ++r) {
-        const float divisor = row_b[r] + own.base;
+      features<true, false, false, false>(count);      // e_q and e_q z
+      multiply(small, e_rows, MK, by_feature, D, MK);  // a = e_q S: ε Σ S is nothing, see recenter
+      for (i64 r = 0; r < n; ++r) {                    // out = c + a / b
+        const float divisor = dot_z[r] + own.base;     // b = (e_q + ε) z
         const __m512 inverse = all(1 / divisor);
         call.divisors[(t + r) * call.heads + head] = divisor;
         for (i64 i = 0; i < D; i += 16) {
@@ -78,7 +78,7 @@ struct Worker : Strips {
 
   void backward(i64 cell, i64 first_head, i64 num) {
     const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
-    float across[STRIP];  // g_b
+    float g_b[STRIP];
     for (i64 h = 0; h < num; ++h) {
       turn_to(first_head, h).base = 0;
       std::copy_n(saved(cell), D * M, sum);
@@ -89,18 +89,17 @@ struct Worker : Strips {
       fetch(strip, call.q, t, n);
       upstream(t, n);
       exponents(), row_maxima();
-      features<false, true, true, false>();
-      append_columns(other);
+      features<false, true, true, false>();  // e_q
+      append_columns(other);                 // g_a, for dS += e_qᵀ g_a of the block
       filled += STRIP;
-      multiply(dphi, other, D, by_width, M, D);
-      // g_a . (a / b) by way of the features: what was attended has been rounded, with c in it.
-      read_gradients();
+      multiply(dphi, other, D, by_width, M, D);  // g_a Sᵀ
+      read_gradients();  // a is read again: what was attended has been rounded, with c in it
       for (i64 r = 0; r < STRIP; ++r) {
-        across[r] = r < n ? -row_b[r] / call.divisors[(t + r) * call.heads + head] : 0;
-        own.base += eps * across[r];
+        g_b[r] = r < n ? -along[r] / call.divisors[(t + r) * call.heads + head] : 0;
+        own.base += eps * g_b[r];
       }
-      feature_gradients<true>(across, saved(cell) + D * M);
-      multiply(small, e_rows, MK, back, D, MK);
+      feature_gradients<true>(g_b, saved(cell) + D * M);  // dx = e_q ∘ (g_a Sᵀ + g_b zᵀ)
+      multiply(small, e_rows, MK, back, D, MK);           // dq = dx P
       store(call.grad_q, t, n);
     });
     for (i64 h = 0; h < num; ++h) {
@@ -119,22 +118,22 @@ struct Worker : Strips {
       const float maximum = call.maxima[cell * call.heads + head];
       fetch(strip, call.k, t, n), fetch_values(cell, t, n);
       exponents(), half_squares(strip, n);
-      for (i64 r = 0; r < STRIP; ++r) row_a[r] += maximum;
-      features<true, false, true, false>();
-      multiply(small, e_rows, MK, by_feature, D, MK);
+      for (i64 r = 0; r < STRIP; ++r) shift[r] += maximum;
+      features<true, false, true, false>();            // e_k
+      multiply(small, e_rows, MK, by_feature, D, MK);  // dv = (e_k + ε) dS
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; i += 16) {
           float* at = small + r * D + i;
           _mm512_storeu_ps(at, _mm512_add_ps(load(at), load(floor + i)));
         }
       store(call.grad_v, t, n);
-      multiply(dphi, other, D, by_width, M, D);
-      feature_gradients<false>(nullptr, count);
-      multiply(small, e_rows, MK, back, D, MK);
+      multiply(dphi, other, D, by_width, M, D);  // (v - c) dSᵀ
+      feature_gradients<false>(nullptr, count);  // dx = e_k ∘ ((v - c) dSᵀ + dzᵀ)
+      multiply(small, e_rows, MK, back, D, MK);  // dk = dx P - (Σ dx) k / √d
       for (i64 r = 0; r < n; ++r)
         for (i64 i = 0; i < D; i += 16) {
           float* at = small + r * D + i;
-          const __m512 k = _mm512_mul_ps(load_bf16(strip + r * D + i), all(squared * row_b[r]));
+          const __m512 k = _mm512_mul_ps(load_bf16(strip + r * D + i), all(squared * dx_sums[r]));
           _mm512_storeu_ps(at, _mm512_sub_ps(load(at), k));
         }
       store(call.grad_k, t, n);

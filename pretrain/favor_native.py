@@ -17,12 +17,12 @@ from pretrain.native_calls import (
     as_rows,
     attention_call,
     attention_gradients,
-    check_attention,
+    check_native_attention,
     scaled,
 )
 
 MAX_DIM = 512
-"""Widest head; the kernel rounds a row of it on the stack."""
+"""Widest head; what a worker keeps outgrows the second cache long before."""
 _FAMILIES: Final[Mapping[torch.dtype, Family]] = {
     torch.bfloat16: "bf16",
     torch.float32: "float32",
@@ -58,9 +58,9 @@ def native_attention(
         Attended values, (Q, H, d), of the same type.
 
     Raises:
-        ValueError: If a tensor is not on the CPU, or types or shapes do not fit.
+        ValueError: If a tensor is not on the CPU, or types, shapes or epsilon do not fit.
     """
-    check_attention(q, k, v, projection, offsets, query_offsets)
+    check_native_attention(q, k, v, projection, epsilon, offsets, query_offsets)
     if q.dtype == torch.float32:
         return float32_native.attend(q, k, v, projection, epsilon, offsets, query_offsets, variant)
     variant = variant or best_variant()

@@ -22,7 +22,9 @@ struct Strips {
   Tiles tiles;
 
   float *x, *dphi;                       // a strip's exponents, then features; their gradients
-  float *small, *row_a, *row_b;          // a strip's product (32 x D); one number per row
+  float* small;                          // a strip's product (32 x D)
+  float* shift;                          // of each row: what is subtracted from its exponents
+  float *dot_z, *along, *dx_sums;        // of each row: e . z; g_a . a; the sum of its dx
   bf16 *strip, *other, *e_rows;          // a strip of q, k, v or grad (32 x D); features as A
   uint32_t* e_pairs;                     // a block's features, paired along the tokens (256 x M)
   bf16* columns;                         // a block of v or grad, transposed (D x 256)
@@ -43,7 +45,8 @@ struct Strips {
       : call(c), d(c.dim), m(c.features), D(round_up(d, 32)), M(round_up(m, 16)),
         MK(round_up(m, 32)), eps(float(c.epsilon)) {
     x = make<float>(STRIP * M), dphi = make<float>(STRIP * M);
-    small = make<float>(STRIP * D), row_a = make<float>(STRIP), row_b = make<float>(STRIP);
+    small = make<float>(STRIP * D);
+    for (float** rows : {&shift, &dot_z, &along, &dx_sums}) *rows = make<float>(STRIP);
     strip = make<bf16>(STRIP * D), other = make<bf16>(STRIP * D);
     e_rows = make<bf16>(STRIP * MK);
     e_pairs = make<uint32_t>(BLOCK / 2 * M), columns = make<bf16>(D * BLOCK);
@@ -148,9 +151,9 @@ struct Strips {
       }
   }
 
-  // Let c take what rounding has left of Σ (v - c), which is zero. A c below the last digits of v is
-  // lost in v - c, for all tokens alike: of a long cell, whose mean is small, up to a fifth of what
-  // is attended.
+  // Let c take what rounding has left of Σ (v - c), which is zero. A c below the last digits of v
+  // is lost in v - c, for all tokens alike: of a long cell, whose mean is small, up to a fifth of
+  // what is attended.
   void take_back_rounding(i64 cell) {
     const float n = float(call.offsets[cell + 1] - call.offsets[cell]);
     for (i64 i = 0; i < D; ++i) center(cell)[i] -= floor[i] / n;
@@ -184,7 +187,7 @@ struct Strips {
     }
   }
 
-  // sum += columns x features of the block, and begin the next one.
+  // sum += columns x features of the block: S += eᵀ (v - c), or dS += eᵀ g_a. Begins the next one.
   void flush() {
     if (filled) multiply(sum, columns, BLOCK, e_pairs, M, filled, true, D);
     filled = 0;
@@ -194,7 +197,7 @@ struct Strips {
     std::fill_n(sum, D * M, 0.f), std::fill_n(count, M, 0.f), std::fill_n(floor, D, 0.f);
   }
 
-  // row_a = what to subtract from the exponents of each key, |k|²/2; FAR beyond the cell.
+  // shift = |k|²/2 of each key; FAR beyond the cell.
   void half_squares(const bf16* keys, i64 n) {
     const float half = float(call.scale * call.scale / 2);
     for (i64 r = 0; r < STRIP; ++r) {
@@ -203,28 +206,28 @@ struct Strips {
         __m512 k = load_bf16(keys + r * D + i);
         total = _mm512_fmadd_ps(k, k, total);
       }
-      row_a[r] = r < n ? half * _mm512_reduce_add_ps(total) : FAR;
+      shift[r] = r < n ? half * _mm512_reduce_add_ps(total) : FAR;
     }
   }
 
-  // row_a = the largest exponent of each query.
+  // shift = the largest exponent of each query.
   void row_maxima() {
     for (i64 r = 0; r < STRIP; ++r) {
       __m512 top = all(-INFINITY);
       for (i64 j = 0; j < M; j += 16)
         top = _mm512_mask_max_ps(top, lanes(j), top, load(x + r * M + j));
-      row_a[r] = _mm512_reduce_max_ps(top);
+      shift[r] = _mm512_reduce_max_ps(top);
     }
   }
 
-  // Features of a strip's exponents, exp(x - row_a), two rows at a time, in the forms asked for.
+  // Features of a strip, e = exp(x - shift), two rows at a time, in the forms asked for.
   //   ROWS: as A in e_rows. PAIRS: as B in e_pairs. KEEP: as floats in x.
-  //   COUNT: count += Σ features. `z`: row_b = features . z.
+  //   COUNT: count += Σ e. `z`: dot_z = e . z.
   template <bool ROWS, bool PAIRS, bool KEEP, bool COUNT>
   void features(const float* z = nullptr) {
     for (i64 r = 0; r < STRIP; r += 2) {
       __m512 dots[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      const __m512 less[2] = {all(row_a[r] * LOG2E), all(row_a[r + 1] * LOG2E)};
+      const __m512 less[2] = {all(shift[r] * LOG2E), all(shift[r + 1] * LOG2E)};
       float* rows[2] = {x + r * M, x + (r + 1) * M};
       uint32_t* pairs = e_pairs + (filled + r) / 2 * M;
       bf16* narrow_rows[2] = {e_rows + r * MK, e_rows + (r + 1) * MK};
@@ -252,22 +255,22 @@ struct Strips {
       i64 j = 0;
       for (; j + 32 <= m; j += 32) step(j, std::true_type{});
       for (; j < MK; j += 32) step(j, std::false_type{});
-      if (z) row_b[r] = _mm512_reduce_add_ps(dots[0]), row_b[r + 1] = _mm512_reduce_add_ps(dots[1]);
+      if (z) dot_z[r] = _mm512_reduce_add_ps(dots[0]), dot_z[r + 1] = _mm512_reduce_add_ps(dots[1]);
     }
   }
 
-  // row_b = (features + ε) . dphi of each row.
+  // along = g_a . a of each row, by way of the features: (e + ε) . (g_a Sᵀ).
   void read_gradients() {
     for (i64 r = 0; r < STRIP; ++r) {
       __m512 total = _mm512_setzero_ps();
       for (i64 j = r * M; j < (r + 1) * M; j += 16)
         total = _mm512_fmadd_ps(_mm512_add_ps(load(x + j), all(eps)), load(dphi + j), total);
-      row_b[r] = _mm512_reduce_add_ps(total);
+      along[r] = _mm512_reduce_add_ps(total);
     }
   }
 
-  // e_rows = x (features) times their gradient, dphi + weight of the row x z (weight 1 of keys);
-  // of queries, count += Σ weight x features; row_b = sum of each row of e_rows.
+  // e_rows = dx. Of queries e ∘ (dphi + g_b zᵀ), with g_b in `weights`, and count += Σ eᵀ g_b (dz);
+  // of keys e ∘ (dphi + dzᵀ). dx_sums = the sum of each row.
   template <bool QUERIES> void feature_gradients(const float* weights, const float* z) {
     for (i64 r = 0; r < STRIP; ++r) {
       const __m512 w = all(QUERIES ? weights[r] : 1);
@@ -283,7 +286,7 @@ struct Strips {
         }
         _mm512_storeu_si512(e_rows + r * MK + j, narrow(g[0], g[1]));
       }
-      row_b[r] = _mm512_reduce_add_ps(total);
+      dx_sums[r] = _mm512_reduce_add_ps(total);
     }
   }
 
@@ -317,7 +320,7 @@ struct Strips {
     return all_counts;
   }
 
-  // Exponents of the strip; for keys, with what to subtract from them in row_a.
+  // x = the strip's exponents, before `shift` is taken off.
   void exponents() { multiply(x, strip, D, forth, M, D); }
 
   // Raise the running maximum to the largest exponent of the strip; what was summed shrinks.
@@ -325,7 +328,7 @@ struct Strips {
     __m512 top = all(-INFINITY);
     for (i64 r = 0; r < STRIP; ++r)
       for (i64 j = 0; j < M; j += 16) {
-        __m512 complete = _mm512_sub_ps(load(x + r * M + j), all(row_a[r]));
+        __m512 complete = _mm512_sub_ps(load(x + r * M + j), all(shift[r]));
         top = _mm512_mask_max_ps(top, lanes(j), top, complete);
       }
     const float largest = _mm512_reduce_max_ps(top);

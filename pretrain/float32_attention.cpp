@@ -1,5 +1,5 @@
 // FAVOR+ attention in float32, forward and backward. Formulas and names are those of
-// pretrain/favor_tiled.py (S, z, dS, dz, e; g is the gradient of a read).
+// pretrain/favor_tiled.py (S, z, dS, dz, e, g_a, g_b); c is zero, for float32 has digits enough.
 #include "attention_call.h"
 #include "float32_vectors.h"
 
@@ -8,7 +8,7 @@ using Attention = AttentionCall<float>;
 
 namespace {
 
-constexpr float LOWEST = -1e30f;  // an exponent that makes a feature of zero
+constexpr float LOWEST = -1e30f;  // an exponent of no feature: makes 1.6e-38, lost in every sum
 
 struct Worker {  // memory and steps: a head of a cell at a time
   const Attention& call;
@@ -22,7 +22,8 @@ struct Worker {  // memory and steps: a head of a cell at a time
   float *sum, *count, *floor;    // S or dS (M x D), z or dz (M), what ε adds to a read (D)
   float *turned;                 // S or dS, transposed (D x M)
   float *more, *above;           // a strip's share of z and of Σ v or Σ g: long sums lose digits
-  float less[STRIP];             // subtracted from the exponents of a row
+  float shift[STRIP];            // of each row: what is subtracted from its exponents
+  float dx_sums[STRIP];          // of each row: the sum of its dx
 
   explicit Worker(const Attention& c)
       : call(c), d(c.dim), m(c.features), D(round_up(d, WIDTH)), M(round_up(m, WIDTH)),
@@ -62,7 +63,7 @@ struct Worker {  // memory and steps: a head of a cell at a time
     return largest(top);
   }
 
-  // less = |k|²/2 of the strip.
+  // shift = |k|²/2 of the strip.
   void half_squares(i64 n) {
     for (i64 r = 0; r < n; ++r) {
       Vector squares{};
@@ -70,21 +71,22 @@ struct Worker {  // memory and steps: a head of a cell at a time
         const Vector k = load(strip + r * D + i);
         squares += k * k;
       }
-      less[r] = half * total(squares);
+      shift[r] = half * total(squares);
     }
   }
 
-  // x = features of the strip's first n rows, zero beyond.
+  // x = features of the strip's first n rows, e = exp(x - shift), zero beyond.
   void features(i64 n) {
     for (i64 r = 0; r < n; ++r)
       for (i64 j = 0; j < M; j += WIDTH) {
         float* at = x + r * M + j;
-        store(at, exponential(load(at) - less[r]));
+        store(at, exponential(load(at) - shift[r]));
       }
     std::fill(x + n * M, x + STRIP * M, 0.f);
   }
 
-  // sum += features by rows, count += features by weights, floor += rows.
+  // sum += eᵀ rows, count += eᵀ weights, floor += rows: S and z from v and ones, dS and dz from
+  // g_a and g_b.
   void add_strip(const float* rows, const float* weights) {
     std::fill_n(more, M, 0.f), std::fill_n(above, D, 0.f);
     for (i64 r = 0; r < STRIP; ++r) {
@@ -127,10 +129,10 @@ struct Worker {  // memory and steps: a head of a cell at a time
       fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
       exponents(), half_squares(n);
       float top = reached;
-      for (i64 r = 0; r < n; ++r) top = std::max(top, row_maximum(r) - less[r]);
+      for (i64 r = 0; r < n; ++r) top = std::max(top, row_maximum(r) - shift[r]);
       if (top > reached) shrink(std::exp(reached - top));
       reached = top;
-      for (i64 r = 0; r < n; ++r) less[r] += reached;
+      for (i64 r = 0; r < n; ++r) shift[r] += reached;
       features(n);
       add_strip(other, ones.data());
     }
@@ -148,7 +150,7 @@ struct Worker {  // memory and steps: a head of a cell at a time
   void query_features(i64 t, i64 n) {
     fetch(strip, call.q, t, n);
     exponents();
-    for (i64 r = 0; r < n; ++r) less[r] = row_maximum(r);
+    for (i64 r = 0; r < n; ++r) shift[r] = row_maximum(r);
     features(n);
   }
 
@@ -161,11 +163,11 @@ struct Worker {  // memory and steps: a head of a cell at a time
     for (i64 t = call.query_offsets[cell]; t < last; t += STRIP) {
       const i64 n = std::min<i64>(STRIP, last - t);
       query_features(t, n);
-      multiply(other, {x, M, 1}, sum, round_up(n, ROWS), D, M);
+      multiply(other, {x, M, 1}, sum, round_up(n, ROWS), D, M);  // e_q S; `floor` is ε Σ S
       for (i64 r = 0; r < n; ++r) {
         Vector dot{};
         for (i64 j = 0; j < M; j += WIDTH) dot += load(x + r * M + j) * load(count + j);
-        const float by = base + total(dot);
+        const float by = base + total(dot);  // b = (e_q + ε) z
         if (call.divisors) divisor(t + r) = by;
         float* to = call.out.at(t + r, head);
         for (i64 i = 0; i < d; ++i) to[i] = (other[r * D + i] + floor[i]) / by;
@@ -178,7 +180,7 @@ struct Worker {  // memory and steps: a head of a cell at a time
     keys_backward(cell);
   }
 
-  // dx = x (features) times their gradient, dx + weight of the row x z; less = sum of each row.
+  // dx = e ∘ (dx + weights zᵀ); dx_sums = the sum of each row.
   void feature_gradients(i64 n, const float* weights, const float* z) {
     for (i64 r = 0; r < n; ++r) {
       Vector along{};
@@ -188,7 +190,7 @@ struct Worker {  // memory and steps: a head of a cell at a time
         store(at, g);
         along += g;
       }
-      less[r] = total(along);
+      dx_sums[r] = total(along);
     }
   }
 
@@ -196,26 +198,26 @@ struct Worker {  // memory and steps: a head of a cell at a time
   void queries_backward(i64 cell) {
     const float* z = kept(cell) + M * D;
     const i64 first = call.query_offsets[cell], last = call.query_offsets[cell + 1];
-    float across[STRIP], all_across = 0;
+    float g_b[STRIP], all_g_b = 0;
     transpose(kept(cell), turned);
     clear();
     for (i64 t = first; t < last; t += STRIP) {
       const i64 n = std::min<i64>(STRIP, last - t), rows = round_up(n, ROWS);
       query_features(t, n);
       fetch(other, call.grad, t, n);
-      std::fill_n(across, STRIP, 0.f);
-      for (i64 r = 0; r < n; ++r) {  // `other` becomes g / b; across, its product with -a / b
+      std::fill_n(g_b, STRIP, 0.f);
+      for (i64 r = 0; r < n; ++r) {  // `other` becomes g_a = g / b; g_b = -g_a . (a / b)
         const float* read = call.out.at(t + r, head);
-        for (i64 i = 0; i < d; ++i) across[r] -= (other[r * D + i] /= divisor(t + r)) * read[i];
-        all_across += across[r];
+        for (i64 i = 0; i < d; ++i) g_b[r] -= (other[r * D + i] /= divisor(t + r)) * read[i];
+        all_g_b += g_b[r];
       }
-      add_strip(other, across);
-      multiply(dx, {other, D, 1}, turned, rows, M, D);
-      feature_gradients(n, across, z);
-      multiply(third, {dx, M, 1}, back, rows, D, M);
+      add_strip(other, g_b);                            // dS += e_qᵀ g_a, dz += e_qᵀ g_b
+      multiply(dx, {other, D, 1}, turned, rows, M, D);  // g_a Sᵀ
+      feature_gradients(n, g_b, z);                     // dx = e_q ∘ (g_a Sᵀ + g_b zᵀ)
+      multiply(third, {dx, M, 1}, back, rows, D, M);    // dq = dx P
       for (i64 r = 0; r < n; ++r) std::copy_n(third + r * D, d, call.grad_q.at(t + r, head));
     }
-    add_epsilon(all_across);
+    add_epsilon(all_g_b);
   }
 
   void keys_backward(i64 cell) {
@@ -227,16 +229,16 @@ struct Worker {  // memory and steps: a head of a cell at a time
       const i64 n = std::min<i64>(STRIP, last - t), rows = round_up(n, ROWS);
       fetch(strip, call.k, t, n), fetch(other, call.v, t, n);
       exponents(), half_squares(n);
-      for (i64 r = 0; r < n; ++r) less[r] += maximum(cell);
+      for (i64 r = 0; r < n; ++r) shift[r] += maximum(cell);
       features(n);
-      multiply(third, {x, M, 1}, sum, rows, D, M);
-      multiply(dx, {other, D, 1}, turned, rows, M, D);
-      feature_gradients(n, ones.data(), count);
-      multiply(other, {dx, M, 1}, back, rows, D, M);
+      multiply(third, {x, M, 1}, sum, rows, D, M);      // e_k dS; `floor` is ε Σ dS
+      multiply(dx, {other, D, 1}, turned, rows, M, D);  // v dSᵀ
+      feature_gradients(n, ones.data(), count);         // dx = e_k ∘ (v dSᵀ + dzᵀ)
+      multiply(other, {dx, M, 1}, back, rows, D, M);    // dk = dx P - (Σ dx) k / √d
       for (i64 r = 0; r < n; ++r) {
         float *to_k = call.grad_k.at(t + r, head), *to_v = call.grad_v.at(t + r, head);
         for (i64 i = 0; i < d; ++i) {
-          to_k[i] = other[r * D + i] - less[r] * 2 * half * strip[r * D + i];
+          to_k[i] = other[r * D + i] - dx_sums[r] * 2 * half * strip[r * D + i];
           to_v[i] = third[r * D + i] + floor[i];
         }
       }

@@ -1,8 +1,8 @@
 // What the float32 kernels share: vectors and one matrix product, for AVX2 and for AVX-512.
 //
-// Vectors are the compiler's own, of 8 or 16 floats. Rows are taken in strips of 64, whose exponents
-// or hidden units stay in the second cache and are never written to memory. A row's result does not
-// depend on the strip it falls into, nor on the number of threads.
+// Vectors are the compiler's own, of 8 or 16 floats. Rows are taken in strips of 64, whose
+// exponents or hidden units stay in the second cache and are never written to memory. A row's
+// result does not depend on the strip it falls into, nor on the number of threads.
 #pragma once
 #include <cmath>
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pretrain.favor_checks import check_attention, type_name
 from pretrain.fused import empty_slices
 from pretrain.native import run
 
@@ -86,29 +87,31 @@ def scaled(projection: Tensor) -> Tensor:
     return (projection.float() * scale).contiguous()
 
 
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, offsets: Tensor, query_offsets: Tensor
+def check_native_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    epsilon: float,
+    offsets: Tensor,
+    query_offsets: Tensor,
 ) -> None:
-    """Refuse inputs of attention that a kernel would read wrongly.
+    """Refuse inputs of attention that a kernel would read wrongly; offsets rise as they should.
 
     Raises:
-        ValueError: If a tensor is not on the CPU, or types or shapes do not fit.
+        ValueError: If a tensor is not on the CPU, or types, shapes or epsilon do not fit.
     """
     named = {"q": q, "k": k, "v": v, "projection": projection}
-    named |= {"offsets": offsets, "query_offsets": query_offsets}
-    for name, tensor in named.items():
+    ends = {"offsets": offsets, "query_offsets": query_offsets}
+    for name, tensor in (named | ends).items():
         _check_device(name, tensor)
     if q.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
-        types = ", ".join(f"{name} {_name(x.dtype)}" for name, x in list(named.items())[:3])
+        types = f"q is {type_name(q)}, k {type_name(k)}, v {type_name(v)}"
         raise ValueError(f"{types}; native attention takes three of bfloat16 or of float32")
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in list(named.items())[:4])
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"{shapes}; give (tokens, H, d), keys and values of one shape")
-    if projection.ndim != 2 or projection.shape[1] != q.shape[2]:
-        raise ValueError(f"{shapes}; directions need the heads' width, {q.shape[2]}")
-    for name, ends in (("offsets", offsets), ("query_offsets", query_offsets)):
-        if ends.dtype != torch.int64 or ends.shape != offsets.shape or ends.ndim != 1:
-            raise ValueError(f"{name} must be int64 of shape (B + 1,), got {tuple(ends.shape)}")
+    check_attention(q, k, v, projection, epsilon, packed=True)
+    for name, tensor in ends.items():
+        if tensor.dtype != torch.int64 or tensor.ndim != 1 or tensor.shape != offsets.shape:
+            raise ValueError(f"{name} must be int64 of shape (B + 1,), got {tuple(tensor.shape)}")
 
 
 def check_feed_forward(x: Tensor, norm: nn.LayerNorm, inner: nn.Linear, outer: nn.Linear) -> None:
@@ -119,7 +122,7 @@ def check_feed_forward(x: Tensor, norm: nn.LayerNorm, inner: nn.Linear, outer: n
     """
     _check_device("x", x)
     if x.dtype not in TYPES:
-        raise ValueError(f"x is {_name(x.dtype)}; native feed-forward takes bfloat16 or float32")
+        raise ValueError(f"x is {type_name(x)}; native feed-forward takes bfloat16 or float32")
     if not x.ndim:
         raise ValueError("x is a single number; give rows, (n, D)")
     width, hidden = x.shape[-1], len(inner.weight)
@@ -144,7 +147,3 @@ def check_feed_forward(x: Tensor, norm: nn.LayerNorm, inner: nn.Linear, outer: n
 def _check_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device.type}; native kernels run on the CPU")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -206,9 +206,9 @@ class TestChoice:
         for name in ("auto", "native"):
             found = favor_attention(*arguments, kernel=name, epsilon=EPSILON)
             assert torch.equal(found, expected)
-        given.q = given.q.double()
+        q, k, v = (x.double() for x in arguments[:3])
         with pytest.raises(ValueError, match="takes bfloat16 or float32, not float64"):
-            favor_attention(given.q, *arguments[1:], kernel="native")
+            favor_attention(q, k, v, given.projection, given.offsets, kernel="native")
 
     def test_an_encoder_gives_the_same_states(self) -> None:
         states = {}
