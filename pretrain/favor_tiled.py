@@ -201,11 +201,13 @@ def _summarize_keys(work: _Tiles, k: Tensor, v: Tensor) -> tuple[_Sums, Tensor]:
     counts = k.new_zeros(cells, heads, features, 1, dtype=work.wide)
     maxima = k.new_full((cells, heads, 1, 1), -torch.inf, dtype=work.wide)
     center = v.mean(1, keepdim=True, dtype=work.wide)
+    rest = torch.zeros_like(center)  # of Σ (v - center), which is zero, what rounding leaves
     for group, parts in work.parts(k):
         for part in parts:
             keys = work.block("keys", k, part)
             values = work.block("values", v, part).sub_(center[group])
             values = work.joined("joined", values, 1)[..., :dim]
+            rest[group] += values.sum(1, keepdim=True, dtype=work.wide)
             half = work.half_squares(keys)
             for head in range(heads):
                 total, count, largest = (x[group, head] for x in (sums, counts, maxima))
@@ -218,7 +220,10 @@ def _summarize_keys(work: _Tiles, k: Tensor, v: Tensor) -> tuple[_Sums, Tensor]:
                 _multiply(work.narrowed(e).transpose(-1, -2), values[:, :, head], product)
                 total.mul_(shrink).add_(product)
                 count.mul_(shrink).add_(e.sum(1).unsqueeze(-1))
-    counts.add_(work.epsilon * k.shape[1])  # ε Σ (v - center) is nothing
+    counts.add_(work.epsilon * k.shape[1])
+    sums.add_(rest.transpose(1, 2), alpha=work.epsilon)
+    # A center below the last digits of the values is lost in them, for all tokens alike.
+    center -= rest / k.shape[1]
     more = sums.sum(2, keepdim=True) / counts.sum(2, keepdim=True)  # (B, H, 1, d)
     sums.sub_(counts * more)
     return _Sums(sums, counts, center + more.transpose(1, 2)), maxima

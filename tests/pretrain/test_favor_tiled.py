@@ -96,6 +96,14 @@ def test_even_attention_leaves_the_queries_a_gradient_in_bfloat16() -> None:
     )  # worst 5e-3; 0.2 without c
 
 
+def test_a_long_cell_keeps_its_digits_in_bfloat16() -> None:
+    """What is attended is small beside the values: the mean of very many."""
+    given = inputs((1, 20_000, 1, 16), 40, torch.bfloat16)
+    given = given._replace(k=0.3 * given.k)
+
+    assert max(relative(with_gradients(given, 512), exact(given))) < 0.012
+
+
 def test_queries_at_other_positions() -> None:
     given = inputs((2, 30, 3, 8), 24, torch.float64)
     given = given._replace(q=given.q[:, :4], grad=given.grad[:, :4])
