@@ -32,7 +32,7 @@ def attend(
     query_offsets: Tensor,
     variant: str | None = None,
 ) -> Tensor:
-    """Attend within packed cells, (Q, H, d) float32; see `favor_native.native_attention`."""
+    """Attend within packed cells, (Q, H, d) float32; `favor_native.native_attention` checks it."""
     settings = epsilon, offsets.contiguous(), query_offsets.contiguous()
     library = variant or best_variant("float32")
     attended: Tensor = _Float32Attention.apply(q, k, v, projection, *settings, library)

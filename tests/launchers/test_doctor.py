@@ -14,6 +14,7 @@ import pytest
 from launchers import doctor
 from launchers import doctor_checks as checks
 from launchers.doctor_checks import Finding
+from pretrain import native
 from tests.support.tiny import tiny_store
 
 
@@ -39,6 +40,25 @@ def version_of(name: str) -> str:
     if name == "gone":
         raise metadata.PackageNotFoundError(name)
     return "1.0"
+
+
+def test_the_builds_that_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: dict[str, tuple[str | None, str | None]] = {
+        "float32": (None, "no compiler"),
+        "bf16": (None, "no AVX-512"),
+    }
+    monkeypatch.setattr(native, "_choose", lambda family: builds[family])
+    found = []
+    for chosen in ({}, {"float32": "float32_avx2"}, {"bf16": "avx512"}):
+        builds |= {family: (name, None) for family, name in chosen.items()}
+        finding = checks.check_attention_kernel()
+        found.append((finding.verdict, finding.fact))
+
+    assert found == [
+        ("warning", "no compiler"),
+        ("ok", "native in float32; for bf16 no AVX-512"),
+        ("ok", "native, in float32 and bf16 (float32_avx2 and avx512)"),
+    ]
 
 
 @pytest.mark.parametrize(
