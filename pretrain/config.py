@@ -57,15 +57,20 @@ class EncoderConfig:
                 f"encoder.num_zeros is {self.num_zeros}, but encoder.sequence is full and shows "
                 "every gene; choose expressed, or leave num_zeros out"
             )
-        for name in ("dim", "depth", "heads", "dim_head", "ff_mult"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"encoder.{name} is {getattr(self, name)}; give 1 or more")
+        # int(1 × ln 1) random features for a width of 1 are none.
+        least = {"dim": 1, "depth": 1, "heads": 1, "dim_head": 2, "ff_mult": 1, "num_features": 1}
+        for name, number in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < number:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)}; give {number} or more")
         if self.dim % self.heads:
             raise ValueError(
                 f"encoder.dim is {self.dim}, not a multiple of encoder.heads {self.heads}"
             )
-        if self.dim_head < 2 or (self.num_features is not None and self.num_features < 1):
-            raise ValueError("encoder.dim_head must be 2 or more and num_features 1 or more")
+        if self.attention == "published" and self.kernel == "native":
+            raise ValueError(
+                "encoder.kernel is native, but encoder.attention is published, of which there is "
+                "no native kernel; choose auto"
+            )
 
     @property
     def features(self) -> int:

@@ -5,16 +5,22 @@ rows by how near the value log2(1 + CP10k) is to each bin's learned centre, so t
 both sides of an edge are embedded alike (soft assignment, as the paper argues for).
 """
 
+import math
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from datastore.config import BinningConfig
+from pretrain.sequence import has_values
 from pretrain.sums import TokenEmbedding
 
 HIDDEN: Final = -1.0
 """What stands for a hidden gene among continuous values, which are 0 or more."""
+
+_WHOLE: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_SLACK: Final = 1.004
+"""bfloat16 rounds a value by a 256th part at most."""
 
 
 class BinnedExpression(TokenEmbedding):
@@ -38,7 +44,11 @@ class BinnedExpression(TokenEmbedding):
                 f"tokens are {tokens.dtype}, but encoder.expression is binned; give whole numbers "
                 "(continuous values need a model that was trained on them)"
             )
-        if tokens.numel():
+        if tokens.dtype not in _WHOLE:
+            raise ValueError(
+                f"tokens are {tokens.dtype}; give whole numbers as uint8, int16, int32 or int64"
+            )
+        if tokens.numel() and has_values(tokens):
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise ValueError(
@@ -52,6 +62,9 @@ class ContinuousExpression(nn.Embedding):
 
     def __init__(self, binning: BinningConfig, dim: int) -> None:
         super().__init__(binning.num_tokens, dim)
+        self.scale = f"log2(1 + counts per {binning.target_sum:,.15g})"
+        # A gene has at most all counts of its cell.
+        self.largest = math.log2(1 + binning.target_sum)
         # Not expressed is 0; a bin b holds the values from b to b + 1.
         middle = torch.arange(binning.top_bin + 1, dtype=torch.float32) + 0.5
         middle[0] = 0.0
@@ -70,19 +83,27 @@ class ContinuousExpression(nn.Embedding):
         """Refuse what is no expression value.
 
         Raises:
-            ValueError: If the type is not a float's, or a value is NaN, infinite or negative.
+            ValueError: If the type is not a float's, or a value is NaN, infinite, negative or more
+                than a cell can have.
         """
         if not values.is_floating_point():
             raise ValueError(
                 f"values are {values.dtype}, but encoder.expression is continuous; give "
-                "log2(1 + counts per 10,000) as floats"
+                f"{self.scale} as floats"
             )
+        if not values.numel() or not has_values(values):
+            return
         wrong = ~(torch.isfinite(values) & ((values >= 0) | (values == HIDDEN)))
         if wrong.any():
             raise ValueError(
                 f"{int(wrong.sum())} expression values are NaN, infinite or negative, the first is "
-                f"{float(values[wrong][0])}; give log2(1 + counts per 10,000), "
-                f"and {HIDDEN:g} for hidden genes"
+                f"{float(values[wrong][0])}; give {self.scale}, and {HIDDEN:g} for hidden genes"
+            )
+        highest = float(values.max())
+        if highest > self.largest * _SLACK:
+            raise ValueError(
+                f"an expression value is {highest:g}, but {self.scale} is {self.largest:.2f} at "
+                "most; give that, not raw counts"
             )
 
 

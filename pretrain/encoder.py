@@ -75,7 +75,8 @@ class ExpressionEncoder(nn.Module):
             States, (B, G + 1, D); B may be 0. With `read`, (T, D).
 
         Raises:
-            ValueError: If the number of genes, a token or a position is not the model's.
+            ValueError: If the number of genes, a token or a position is not the model's; under
+                torch.compile values are not looked at.
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.num_genes:
             raise ValueError(
@@ -116,16 +117,18 @@ class ExpressionEncoder(nn.Module):
 
         Raises:
             ValueError: If a gene or token is out of range, the parts do not fit each other, a cell
-                has no position, or not all genes although `encoder.sequence` is full.
+                has a gene twice, does not end with the constant position and token 0, or has not
+                all genes although `encoder.sequence` is full. Under torch.compile, which cannot
+                look at values while it traces, only types and shapes are checked.
         """
-        if not len(tokens) and len(offsets) == 1:  # no cells, as in `forward`
-            genes, tokens = genes.new_full((1,), self.num_genes), tokens.new_zeros(1)
-            return self._packed(genes, tokens, offsets.new_tensor([0, 1]), read)[:0]
         self.expression.check(tokens)
         check_packed(genes, tokens, offsets, self.num_genes)
         if self.config.sequence == "full":
             check_whole(offsets, self.num_genes)
         check_read(read, len(tokens))
+        if len(offsets) == 1:  # no cells, as in `forward`
+            genes, tokens = genes.new_full((1,), self.num_genes), tokens.new_zeros(1)
+            return self._packed(genes, tokens, offsets.new_tensor([0, 1]), read)[:0]
         return self._packed(genes, tokens, offsets, read)
 
     def _packed(

@@ -70,6 +70,27 @@ def test_what_is_no_expression_is_refused(value: float) -> None:
         continuous().check(torch.tensor([0.0, value, HIDDEN]))
 
 
+@pytest.mark.parametrize("value", [13.4, 1e4, 1e19, 3e38])
+def test_more_than_a_cell_can_have_is_refused(value: float) -> None:
+    message = r"an expression value is .*, but log2\(1 \+ counts per 10,000\) is 13.29 at most"
+    with pytest.raises(ValueError, match=message):
+        continuous().check(torch.tensor([0.0, value, HIDDEN]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("target_sum", [1.0, 10_000.0, 1e6])
+def test_all_counts_of_a_cell_in_one_gene_are_accepted(
+    target_sum: float, dtype: torch.dtype
+) -> None:
+    binning = BinningConfig(target_sum=target_sum)
+    values = expression_values(np.array([0, 1]), np.array([7]), binning)
+
+    ContinuousExpression(binning, 16).check(torch.from_numpy(values).to(dtype))
+
+    with pytest.raises(ValueError, match=rf"counts per {target_sum:,.15g}\) is .* at most"):
+        ContinuousExpression(binning, 16).check(torch.from_numpy(values * 1.01).double())
+
+
 def test_types_are_not_mixed_up() -> None:
     with pytest.raises(ValueError, match=r"values are torch.uint8, but encoder.expression is cont"):
         continuous().check(torch.zeros(3, dtype=torch.uint8))

@@ -125,9 +125,9 @@ def test_a_cell_depends_neither_on_its_batch_nor_on_the_order_of_its_genes() -> 
     for cell, (start, stop) in enumerate(pairwise(offsets.tolist())):
         alone = encoder.encode(*pack(tokens[cell : cell + 1]))
         torch.testing.assert_close(alone, together[start:stop], rtol=0, atol=1e-13)  # worst 1.1e-15
-        back = torch.arange(stop - 1, start - 1, -1)
+        back = torch.tensor([*range(stop - 2, start - 1, -1), stop - 1])  # the constant one ends
         turned = encoder.encode(genes[back], values[back], torch.tensor([0, len(back)]))
-        torch.testing.assert_close(turned.flip(0), together[start:stop], rtol=0, atol=1e-13)
+        torch.testing.assert_close(turned, together[back], rtol=0, atol=1e-13)
 
 
 def test_dense_tokens_of_an_expressed_encoder_are_packed_and_spread_again() -> None:
@@ -182,92 +182,6 @@ def test_no_dense_cells_give_no_states_and_zero_gradients(config: EncoderConfig)
 
     assert states.shape == (0, LENGTH, 16)
     assert not any(gradient.any() for gradient in gradients(encoder, states).values())
-
-
-def test_values_that_are_not_numbers_are_refused_before_any_computing() -> None:
-    for config in (ENCODER, EXPRESSED):
-        encoder = build(replace(config, expression="continuous"))
-        values = tiny_tokens().double()
-        assert torch.isfinite(encoder(values)).all()
-        values[1, 3] = float("nan")
-        with pytest.raises(ValueError, match="1 expression values are NaN"):
-            encoder(values)
-
-
-def changed(what: str, index: int, value: int) -> dict[str, Tensor]:
-    parts = dict(zip(("genes", "tokens", "offsets"), pack(tiny_tokens()), strict=True))
-    parts[what] = parts[what].long()
-    parts[what][index] = value
-    return parts
-
-
-TOTAL = len(pack(tiny_tokens())[0])
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        pytest.param(changed("tokens", 3, 7), "token 7 is out of range.* 0 to 6", id="token"),
-        pytest.param(changed("tokens", 3, -1), "token -1 is out of range", id="negative token"),
-        pytest.param(changed("genes", 3, 33), "gene 33 is out of range.* 32 genes", id="gene"),
-        pytest.param(changed("genes", 3, -1), "gene -1 is out of range", id="negative gene"),
-        pytest.param(changed("offsets", 0, 1), "offsets run from 1 to", id="late start"),
-        pytest.param(changed("offsets", -1, 9), f"to 9 over {TOTAL} tokens", id="early end"),
-        pytest.param(changed("offsets", 1, 0), "cell 0 has 0 positions", id="zero-length cell"),
-        pytest.param(changed("offsets", 1, -2), "cell 0 has -2 positions", id="falling offsets"),
-    ],
-)
-def test_packed_cells_that_do_not_fit_are_refused(parts: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build().encode(**parts)
-
-
-def test_packed_cells_of_other_shapes_are_refused() -> None:
-    encoder, (genes, tokens, offsets) = build(), pack(tiny_tokens())
-
-    with pytest.raises(ValueError, match=rf"genes have shape \({TOTAL - 1},\)"):
-        encoder.encode(genes[1:], tokens, offsets)
-    with pytest.raises(ValueError, match=r"offsets have shape \(1, 6\)"):
-        encoder.encode(genes, tokens, offsets[None])
-    with pytest.raises(ValueError, match=r"tokens are torch.float32, but encoder.expression is bi"):
-        encoder.encode(genes, tokens.float(), offsets)
-
-
-@pytest.mark.parametrize("read", [[-1, 3], [3, 10_000], [5, 4]])
-def test_positions_that_cannot_be_read_are_refused(read: list[int]) -> None:
-    with pytest.raises(ValueError, match="read must name positions from 0 to"):
-        build().encode(*pack(tiny_tokens()), torch.tensor(read))
-
-
-def test_part_of_the_genes_is_refused_by_an_encoder_of_all() -> None:
-    with pytest.raises(ValueError, match=r"trained with encoder\.sequence full: 32 genes"):
-        build(ENCODER).encode(*pack(tiny_tokens()))
-
-
-def test_token_out_of_range_is_refused_in_dense_cells() -> None:
-    for encoder in (build(), build(ENCODER)):
-        with pytest.raises(ValueError, match="token 9 is out of range"):
-            encoder(torch.full((1, NUM_GENES), 9))
-
-
-def test_reading_from_dense_cells_is_for_all_genes() -> None:
-    with pytest.raises(ValueError, match=r"reads positions in encode\(\) only"):
-        build()(tiny_tokens(), torch.tensor([0]))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_zeros": -1}, "encoder.num_zeros is -1"),
-        ({"kernel": "fast"}, "encoder.kernel is 'fast'; choose one of auto, native, torch, refer"),
-        ({"sequence": "some"}, "encoder.sequence is 'some'; choose one of full, expressed"),
-        ({"num_zeros": 5}, "encoder.num_zeros is 5, but encoder.sequence is full"),
-        ({"dim": 200, "heads": 7}, "encoder.dim is 200, not a multiple of encoder.heads 7"),
-    ],
-)
-def test_impossible_shapes_are_refused(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        EncoderConfig(**fields)  # type: ignore[arg-type]
 
 
 def test_how_to_compute_is_no_part_of_the_architecture() -> None:
