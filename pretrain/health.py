@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.encoder import ExpressionEncoder
 from pretrain.favor import EPSILON
+from pretrain.published_attention import published_exponentials
 
 
 class HealthRecord:
@@ -44,11 +45,12 @@ def observed(encoder: ExpressionEncoder, record: HealthRecord | None) -> Iterato
         for (a, b), (c, d) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
             if a == b:
                 continue  # a cell where nobody reads
-            floor, entropy = attention_health(q[a:b], k[c:d], directions)
+            floor, entropy = attention_health(q[a:b], k[c:d], directions, published)
             record.floor_share[block] += float(floor.sum())
             record.entropy[block] += float(entropy.sum())
             record.num_seen += len(floor) if block == 0 else 0
 
+    published = encoder.config.attention == "published"
     attentions = [block[0].fn for block in encoder.performer.net.layers]
     for number, attention in enumerate(attentions):
         attention.observer = lambda *given, block=number: look(block, *given)
@@ -59,33 +61,48 @@ def observed(encoder: ExpressionEncoder, record: HealthRecord | None) -> Iterato
             attention.observer = None
 
 
-def attention_health(q: Tensor, k: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def attention_health(
+    q: Tensor, k: Tensor, directions: Tensor, published: bool = False
+) -> tuple[Tensor, Tensor]:
     """Measure one cell.
 
     Args:
         q: Queries, (n, H, d).
         k: Keys, (n', H, d).
         directions: Random directions, (m, d).
+        published: Whether the model attends as the published code does.
 
     Returns:
-        Of each head, (H,): share of the key features below `EPSILON`, relative to the largest; and
-        entropy of the attention averaged over queries, from 0 to 1 (1 for a single key).
+        Of each head, (H,): share of the key features below `EPSILON`, relative to the largest that
+        the model's stabiliser allows; and entropy of the attention averaged over queries, from 0
+        to 1 (1 for a single key).
     """
     with torch.no_grad():
         q, k, directions = (x.float() for x in (q, k, directions))
-        scale = q.shape[-1] ** -0.25
-        q, k = q.transpose(0, 1) * scale, k.transpose(0, 1) * scale  # (H, n, d)
-        exponent = k @ directions.t() - k.square().sum(-1, keepdim=True) / 2
-        key = torch.exp(exponent - exponent.amax((-1, -2), keepdim=True))
+        q, k = q.transpose(0, 1), k.transpose(0, 1)  # (H, n, d)
+        query, key = (_published if published else _stable)(q, k, directions)
         floor = (key < EPSILON).float().mean((-1, -2))
         key += EPSILON
-        exponent = q @ directions.t()
-        query = torch.exp(exponent - exponent.amax(-1, keepdim=True)) + EPSILON
+        query += EPSILON
         query /= query @ key.sum(-2).unsqueeze(-1)
         weights = (key @ query.mean(-2).unsqueeze(-1)).squeeze(-1)  # (H, n'), sums to 1
         entropy = torch.special.entr(weights).sum(-1)
         longest = torch.tensor(float(k.shape[1])).log()
         return floor, entropy / longest if k.shape[1] > 1 else torch.ones_like(entropy)
+
+
+def _stable(q: Tensor, k: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of queries and keys, (H, n, m), relative to the largest of a query and of a head."""
+    scale = q.shape[-1] ** -0.25
+    exponent = q @ directions.t() * scale
+    query = torch.exp(exponent - exponent.amax(-1, keepdim=True))
+    exponent = k @ directions.t() * scale - (k * scale).square().sum(-1, keepdim=True) / 2
+    return query, torch.exp(exponent - exponent.amax((-1, -2), keepdim=True))
+
+
+def _published(q: Tensor, k: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    query = published_exponentials(q, directions, (-1,))
+    return query, published_exponentials(k, directions, (-3, -2, -1))
 
 
 def health_metrics(sums: list[float]) -> dict[str, float]:

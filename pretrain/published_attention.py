@@ -45,22 +45,28 @@ def published_attention(
     return torch.cat(cells) if cells else q[:0].to(v.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        query, key, values = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # (H, n, d)
-        query = _features(query, projection.to(wide), dim=(-1,))
-        key = _features(key, projection.to(wide), dim=(-3, -2, -1))
-        normalizer = query @ key.sum(-2).unsqueeze(-1)  # (H, Q, 1)
-        attended = query @ (key.transpose(-1, -2) @ values) / normalizer
-        return attended.transpose(0, 1).to(v.dtype)
+def published_exponentials(x: Tensor, projection: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Features before epsilon is added, (H, n, m), of vectors (H, n, d).
 
-
-def _features(x: Tensor, projection: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Positive random features (H, n, m), stabilised by the maximum over `dim`."""
+    Args:
+        x: Queries or keys of one cell, float32 or wider.
+        projection: Random directions, (m, d), of the same type.
+        dim: Axes over which the largest projection is taken: (-1,) of queries, all three of keys.
+    """
     x = x * x.shape[-1] ** -0.25
     projected = x @ projection.t()
     largest = projected.amax(dim, keepdim=True) if projected.numel() else projected[..., :1]
     exponent = projected - x.square().sum(-1, keepdim=True) / 2 - largest.detach()
-    features: Tensor = projection.shape[0] ** -0.5 * (exponent.exp() + PUBLISHED_EPSILON)
-    return features
+    return exponent.exp()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        query, key, values = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # (H, n, d)
+        # Both lack the published factor 1 / √m, which cancels in the division.
+        query = published_exponentials(query, projection.to(wide), (-1,)) + PUBLISHED_EPSILON
+        key = published_exponentials(key, projection.to(wide), (-3, -2, -1)) + PUBLISHED_EPSILON
+        normalizer = query @ key.sum(-2).unsqueeze(-1)  # (H, Q, 1)
+        attended = query @ (key.transpose(-1, -2) @ values) / normalizer
+        return attended.transpose(0, 1).to(v.dtype)
