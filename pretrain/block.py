@@ -7,6 +7,7 @@ at some positions only still needs keys and values everywhere, but queries, outp
 feed-forward just there.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import EncoderConfig
-from pretrain.favor import FavorAttention, Performer, PreLayerNorm, favor_attention
+from pretrain.favor import (
+    FavorAttention,
+    Performer,
+    PreLayerNorm,
+    favor_attention,
+    fresh_projection,
+)
 from pretrain.feed_forward_native import native_feed_forward, usable
 from pretrain.fused import split_fused
 from pretrain.products import linear
@@ -113,7 +120,8 @@ class FusedAttention(nn.Module):
 def build_blocks(config: EncoderConfig) -> Performer:
     """Build performer-pytorch's modules and give them the forward passes above.
 
-    Its random directions are left zero: who builds draws them, see `draw_projection`.
+    Its random directions are left zero: who builds draws them, see `draw_projection`. Its own
+    `redraw_projection_matrix` draws from torch's global generator, as it does everywhere.
     """
     with _undrawn_directions():
         performer = Performer(
@@ -130,6 +138,9 @@ def build_blocks(config: EncoderConfig) -> Performer:
     for block in performer.net.layers:
         attention = block[0].fn
         attention.fast_attention.__class__ = FavorAttention
+        attention.fast_attention.create_projection = functools.partial(
+            fresh_projection, config.features, config.dim_head
+        )
         attention.__class__ = FusedAttention
         attention.kernel = config.kernel
         attention.published = config.attention == "published"
@@ -149,10 +160,12 @@ def _undrawn_directions() -> Iterator[None]:
     """
     module = sys.modules[Performer.__module__]
     draw = module.gaussian_orthogonal_random_matrix
-    module.gaussian_orthogonal_random_matrix = lambda nb_rows, nb_columns, **_: torch.zeros(  # type: ignore[attr-defined]
-        nb_rows, nb_columns
-    )
+    module.gaussian_orthogonal_random_matrix = _zeros  # type: ignore[attr-defined]
     try:
         yield
     finally:
         module.gaussian_orthogonal_random_matrix = draw  # type: ignore[attr-defined]
+
+
+def _zeros(nb_rows: int, nb_columns: int, **_: object) -> Tensor:
+    return torch.zeros(nb_rows, nb_columns)

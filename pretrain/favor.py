@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.favor_checks import cell_lengths, check_attention, type_name
+from pretrain.favor_compiled import as_operation
 from pretrain.favor_native import native_attention, unavailable
 from pretrain.favor_tiled import tiled_attention
 
@@ -40,6 +41,7 @@ __all__ = [
     "PreLayerNorm",
     "draw_projection",
     "favor_attention",
+    "fresh_projection",
 ]
 
 EPSILON = 1e-4
@@ -84,7 +86,9 @@ def favor_attention(
 ) -> Tensor:
     """Approximate softmax(q kᵀ / √d) v within each cell, in time linear in its length.
 
-    Cells are either of one length, dense, or packed one behind the other with `offsets`.
+    Cells are either of one length, dense, or packed one behind the other with `offsets`. Both forms
+    can be compiled without graph breaks: of dense cells torch.compile sees the tiles, packed cells
+    are one operation, for which it takes the same kernels as without (see `favor_compiled`).
 
     Args:
         q: Queries, floats (B, n, H, d); packed (Q, H, d).
@@ -111,6 +115,20 @@ def favor_attention(
         if query_offsets is not None:
             raise ValueError("query_offsets are for packed cells; give offsets, too, or neither")
         return _attend_dense(q, k, v, projection, kernel, epsilon)
+    attend = _packed_operation if torch.compiler.is_compiling() else _attend_packed
+    return attend(q, k, v, projection, offsets, query_offsets, kernel, epsilon)
+
+
+def _attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offsets: Tensor,
+    query_offsets: Tensor | None,
+    kernel: str,
+    epsilon: float,
+) -> Tensor:
     lengths = cell_lengths(offsets, len(k), "offsets", least=1)
     if query_offsets is None:
         query_lengths = cell_lengths(offsets, len(q), "offsets", least=1)
@@ -127,7 +145,10 @@ def favor_attention(
     cells = zip(q.split(query_lengths), k.split(lengths), v.split(lengths), strict=True)
     function = tiled_attention if kernel == "torch" else _reference
     attended = [function(a[None], b[None], c[None], projection, epsilon)[0] for a, b, c in cells]
-    return torch.cat(attended) if attended else q[:0].to(v.dtype)
+    return torch.cat(attended) if attended else q[:0].to(v.dtype, copy=True)
+
+
+_packed_operation = as_operation("scbert::packed_attention", _attend_packed)
 
 
 def _attend_dense(
@@ -208,3 +229,11 @@ def draw_projection(num_features: int, dim_head: int, seed: int) -> Tensor:
         # than zero and its attention a bias; random signs make them uniform on the sphere.
         signs = 2 * torch.randint(2, (num_features, 1)) - 1
         return drawn.float() * signs
+
+
+def fresh_projection(
+    num_features: int, dim_head: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Draw directions as `draw_projection` does, of a seed from torch's global generator."""
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    return draw_projection(num_features, dim_head, seed).to(device)

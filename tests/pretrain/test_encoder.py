@@ -1,6 +1,9 @@
 """The shared encoder: performer-pytorch's parameters, our attention, seeded weights."""
 
+import copy
+import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +125,26 @@ def test_redrawn_projections_depend_on_seed_number_and_layer_only() -> None:
     assert torch.equal(other.weights()[name], third)
     one.redraw_projections(0, 0)
     assert torch.equal(one.weights()[name], first)
+
+
+def test_an_encoder_is_copied_and_pickled() -> None:
+    encoder, tokens = build().eval(), tiny_tokens()
+
+    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):  # noqa: S301
+        assert torch.equal(again(tokens), encoder(tokens))
+
+
+def test_performers_own_redraw_draws() -> None:
+    encoder = build()
+    attention: Any = encoder.performer.net.layers[0][0].fn.fast_attention
+    first = attention.projection_matrix.clone()
+
+    torch.manual_seed(0)
+    attention.redraw_projection_matrix(first.device)
+
+    drawn = attention.projection_matrix.clone()
+    assert drawn.all()
+    assert not torch.equal(drawn, first)
 
 
 @pytest.mark.parametrize(
