@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 def require_compiler(which: Callable[[str], str | None] = shutil.which) -> None:
     """Refuse early where DeepSpeed would fail to build its communication kernel on CPU."""
-    if torch.cuda.is_available() or which(os.environ.get("CXX", "g++")):
+    program = shlex.split(os.environ.get("CXX", "g++")) or ["g++"]
+    if torch.cuda.is_available() or which(program[0]):
         return
     raise ValueError(
         "DeepSpeed builds a small C++ kernel at first use and found no compiler; "

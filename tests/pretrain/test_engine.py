@@ -16,6 +16,12 @@ def test_missing_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     require_compiler(which=lambda name: f"/usr/bin/{name}")
 
 
+def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "my-g++ -pipe")
+
+    require_compiler(which={"my-g++": "/opt/my-g++"}.get)
+
+
 @pytest.mark.parametrize(
     ("age", "stays"),
     [pytest.param(1000.0, False, id="forgotten"), pytest.param(60.0, True, id="in use")],
