@@ -20,7 +20,7 @@ HIDDEN: Final = -1.0
 
 _WHOLE: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SLACK: Final = 1.004
-"""bfloat16 rounds a value by a 256th part at most."""
+"""bfloat16 rounds a value by a 512th part at most; this is twice that."""
 
 
 class BinnedExpression(TokenEmbedding):

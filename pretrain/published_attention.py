@@ -12,6 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from pretrain.favor_compiled import as_operation
+
 PUBLISHED_EPSILON: Final = 1e-4
 
 
@@ -36,13 +38,30 @@ def published_attention(
     Returns:
         Attended values in the shape of `q` and the type of `v`.
     """
+    attend = _operation if torch.compiler.is_compiling() else _attend_cells
+    return attend(q, k, v, projection.detach(), offsets, query_offsets, "", PUBLISHED_EPSILON)
+
+
+def _attend_cells(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offsets: Tensor,
+    query_offsets: Tensor | None,
+    _kernel: str,
+    epsilon: float,
+) -> Tensor:
     ends = offsets.tolist()
     query_ends = ends if query_offsets is None else query_offsets.tolist()
     cells = [
-        _attend(q[a:b], k[c:d], v[c:d], projection)
+        _attend(q[a:b], k[c:d], v[c:d], projection, epsilon)
         for a, b, c, d in zip(query_ends, query_ends[1:], ends, ends[1:], strict=False)
     ]
-    return torch.cat(cells) if cells else q[:0].to(v.dtype)
+    return torch.cat(cells) if cells else q[:0].to(v.dtype, copy=True)
+
+
+_operation = as_operation("scbert::published_attention", _attend_cells)
 
 
 def published_exponentials(x: Tensor, projection: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -60,13 +79,13 @@ def published_exponentials(x: Tensor, projection: Tensor, dim: tuple[int, ...]) 
     return exponent.exp()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, epsilon: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         query, key, values = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # (H, n, d)
         # Both lack the published factor 1 / √m, which cancels in the division.
-        query = published_exponentials(query, projection.to(wide), (-1,)) + PUBLISHED_EPSILON
-        key = published_exponentials(key, projection.to(wide), (-3, -2, -1)) + PUBLISHED_EPSILON
+        query = published_exponentials(query, projection.to(wide), (-1,)) + epsilon
+        key = published_exponentials(key, projection.to(wide), (-3, -2, -1)) + epsilon
         normalizer = query @ key.sum(-2).unsqueeze(-1)  # (H, Q, 1)
         attended = query @ (key.transpose(-1, -2) @ values) / normalizer
         return attended.transpose(0, 1).to(v.dtype)

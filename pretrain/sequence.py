@@ -69,8 +69,9 @@ def _check_cells(genes: Tensor, tokens: Tensor, offsets: Tensor, num_genes: int)
             f"{tokens[ends[wrong]].item():g}; the last position of every cell is the constant one, "
             f"gene {num_genes} with token 0"
         )
-    cells = torch.arange(len(lengths), device=genes.device)
-    places = genes + cells.repeat_interleave(lengths, output_size=len(genes)) * (num_genes + 1)
+    # A row of places for each cell; repeat_interleave would start threads for every few cells.
+    rows = torch.zeros_like(genes).index_fill_(0, offsets[1:-1], num_genes + 1).cumsum(0)
+    places = genes + rows
     seen = torch.zeros(len(lengths) * (num_genes + 1), dtype=torch.bool, device=genes.device)
     seen[places] = True
     if int(seen.count_nonzero()) != len(genes):

@@ -140,9 +140,11 @@ def test_performer_pytorch_itself_is_uniform_for_large_inputs() -> None:
     [
         pytest.param("native", torch.float32, 0.0, id="native float32", marks=FLOAT32),
         pytest.param("native", torch.bfloat16, 0.0, id="native bfloat16", marks=BF16),
-        # Products over several cells add in another order than those of one: worst 1.2e-7, 2.2e-16.
-        pytest.param("torch", torch.float32, 5e-7, id="torch float32"),
-        pytest.param("torch", torch.float64, 1e-15, id="torch float64"),
+        # Products over several cells add in another order than those of one. Worst over forty draws
+        # 6.6e-7 and 1.1e-15, here less.
+        pytest.param("torch", torch.float32, 2e-6, id="torch float32"),
+        pytest.param("torch", torch.float64, 4e-15, id="torch float64"),
+        pytest.param("reference", torch.float32, 0.0, id="reference float32"),
     ],
 )
 def test_a_cell_does_not_depend_on_its_batch_mates(

@@ -81,6 +81,9 @@ def test_offsets_are_checked_when_the_graph_runs() -> None:
             replace(ENCODER, checkpointing=True), id="checkpointing", marks=pytest.mark.slow
         ),
         pytest.param(
+            replace(ENCODER, attention="published"), id="published", marks=pytest.mark.slow
+        ),
+        pytest.param(
             replace(ENCODER, expression="continuous"), id="continuous", marks=pytest.mark.slow
         ),
     ],
