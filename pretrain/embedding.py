@@ -48,7 +48,7 @@ class BinnedExpression(TokenEmbedding):
             raise ValueError(
                 f"tokens are {tokens.dtype}; give whole numbers as uint8, int16, int32 or int64"
             )
-        if tokens.numel() and has_values(tokens):
+        if has_values(tokens) and tokens.numel():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise ValueError(
@@ -91,7 +91,7 @@ class ContinuousExpression(nn.Embedding):
                 f"values are {values.dtype}, but encoder.expression is continuous; give "
                 f"{self.scale} as floats"
             )
-        if not values.numel() or not has_values(values):
+        if not has_values(values) or not values.numel():
             return
         wrong = ~(torch.isfinite(values) & ((values >= 0) | (values == HIDDEN)))
         if wrong.any():

@@ -63,7 +63,9 @@ class ExpressionEncoder(nn.Module):
     def forward(self, tokens: Tensor, read: Tensor | None = None) -> Tensor:
         """Encode cells given as one token for each gene of the panel.
 
-        An encoder of expressed genes encodes those alone; the others' states are zeros.
+        An encoder of expressed genes encodes those alone; the others' states are zeros. How many
+        there are is a number that torch.compile must let be one: without graph breaks this takes
+        `torch._dynamo.config.capture_dynamic_output_shape_ops`. All else compiles without it.
 
         Args:
             tokens: Expression bins or mask tokens, integers of shape (B, G); a continuous encoder
@@ -145,8 +147,8 @@ class ExpressionEncoder(nn.Module):
         present = tokens != 0
         present[:, -1] = True
         offsets = nn.functional.pad(present.sum(1).cumsum(0), (1, 0))
-        genes = present.nonzero()[:, 1]
-        packed = self.encode(genes, tokens[present], offsets)
+        cells, genes = present.nonzero().unbind(1)
+        packed = self.encode(genes, tokens[cells, genes], offsets)
         states = packed.new_zeros(*tokens.shape, packed.shape[-1])
         return states.masked_scatter(present.unsqueeze(-1), packed)
 

@@ -109,3 +109,15 @@ def test_the_encoder_is_one_graph(config: EncoderConfig) -> None:
             found.append([states.detach(), *grads])
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_expressed_genes_of_dense_cells_are_one_graph_when_it_may_not_know_their_number() -> None:
+    encoder = build_encoder(replace(ENCODER, sequence="expressed"), BINNING, NUM_GENES, seed=0)
+    encode = compiled(encoder.forward)
+    generator = torch.Generator().manual_seed(0)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for _ in range(2):
+            tokens = torch.randint(0, 6, (3, NUM_GENES), generator=generator)
+            tokens *= torch.rand(tokens.shape, generator=generator) < 0.4
+            torch.testing.assert_close(encode(tokens), encoder(tokens), rtol=1e-5, atol=1e-6)
