@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -130,7 +131,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default 2, quick: 1")
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
     parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; give 1 or more")
+    if options.save and not Path(options.save).resolve().parent.is_dir():
+        parser.error(f"--save {options.save}: there is no such folder")
+    return options
 
 
 def runs_here(name: str) -> bool:
