@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from loss_curves import SHAPE, Batch, Trainee, batches
 from torch import Tensor, nn
+from turns import check_options
 
 from datastore.config import BinningConfig
 from pretrain.encoder import build_encoder
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="10 steps")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
+    check_options(parser, options)
     torch.set_num_threads(1)
     steps = 10 if options.quick else options.steps
     result = run(options.store, steps, options.batch_size)

@@ -24,13 +24,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from runs.encoder import CASES, Trainer, draw, give_memory_back
-from turns import RUNS, Bar, Ratios, finish, publish, result_of
+from turns import RUNS, Bar, Ratios, check_options, finish, publish, result_of
 
 from pretrain.allocator import keep_freed_memory
 from pretrain.native import missing
@@ -132,10 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
     parser.add_argument("--save", metavar="FILE", help="write the line of JSON to a file, too")
     options = parser.parse_args()
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}; give 1 or more")
-    if options.save and not Path(options.save).resolve().parent.is_dir():
-        parser.error(f"--save {options.save}: there is no such folder")
+    check_options(parser, options)
     return options
 
 

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from performer_pytorch import Performer
 from torch import Tensor, nn
-from turns import cpu_model
+from turns import check_options, cpu_model
 
 from datastore.config import BinningConfig, OrderConfig, SelectionConfig
 from datastore.loader import CellLoader
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to write the figure")
     parser.add_argument("--json", type=Path, help="where to write the result with all losses")
     options = parser.parse_args()
+    check_options(parser, options)
     torch.set_num_threads(1)
     steps = 20 if options.quick else options.steps
     result = run(options.store, steps, options.batch_size)

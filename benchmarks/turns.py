@@ -60,6 +60,19 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic cells")
 
 
+def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Refuse at once what would fail after minutes: numbers below 1, folders that are not there."""
+    for name, value in vars(options).items():
+        if name in ("rounds", "steps", "batch_size") and value is not None and value < 1:
+            parser.error(f"--{name} is {value}; give 1 or more")
+        if name in ("save", "plot", "json") and isinstance(value, str | Path):
+            folder = Path(value).resolve().parent
+            if not folder.is_dir():
+                parser.error(f"--{name} {value}: there is no folder {folder}; make it first")
+        if name == "store" and not Path(value).is_dir():
+            parser.error(f"--store {value}: there is no cell store; `make quickstart` leaves one")
+
+
 def start(python: Path | None, script: str, *arguments: object) -> "subprocess.Popen[str]":
     """Start `runs/<script>.py`, by a peer's interpreter or (none) by ours."""
     command = [str(python or sys.executable), str(RUNS / f"{script}.py"), *map(str, arguments)]

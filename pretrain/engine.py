@@ -31,8 +31,8 @@ def require_compiler(which: Callable[[str], str | None] = shutil.which) -> None:
     if torch.cuda.is_available() or which(program[0]):
         return
     raise ValueError(
-        "DeepSpeed builds a small C++ kernel at first use and found no compiler; "
-        "install one (Debian, Ubuntu: apt-get install g++)"
+        f"DeepSpeed builds a small C++ kernel at first use and found no compiler {program[0]}; "
+        "install one (Debian, Ubuntu: apt-get install g++), and unset CXX if it names another"
     )
 
 
