@@ -11,9 +11,7 @@ from pretrain.engine import look_at_build_lock, require_compiler
 def test_missing_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    with pytest.raises(
-        ValueError, match=r"no compiler g\+\+; install .*apt-get install g"
-    ):
+    with pytest.raises(ValueError, match=r"no compiler g\+\+; install .*apt-get install g"):
         require_compiler(which=lambda _: None)
     require_compiler(which=lambda name: f"/usr/bin/{name}")
 
