@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.metrics import ClassificationScores
+from finetune.numba_cache import keep_compiled
 
 DPI = 150
 SEQUENTIAL_COLOURS = "Blues"
@@ -157,6 +158,7 @@ def umap_embedding(x: np.ndarray, seed: int) -> np.ndarray:
         )
         import umap  # here, because it compiles for seconds
 
+        keep_compiled(umap.umap_, umap.utils)
         # It then begins from random positions by itself.
         warnings.filterwarnings(
             "ignore", message="Spectral initialisation failed", category=UserWarning
