@@ -74,7 +74,8 @@ def test_ingest(tmp_path: Path) -> None:
 def test_encoder_step() -> None:
     shorter = (
         "import sys; sys.path.insert(0, 'benchmarks'); import encoder_step; "
-        "encoder_step.LENGTHS = (64, 256, 1_024); encoder_step.main()"
+        "encoder_step.LENGTHS = (64, 256, 1_024); encoder_step.SETTLING_ROUNDS = 1; "
+        "encoder_step.main()"
     )
     result = run_python("-c", shorter, "--quick", "--json")
     assert result["figures"]["length"] == 256

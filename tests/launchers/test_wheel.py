@@ -74,6 +74,8 @@ def outside(environment: Path) -> dict[str, str]:
     path = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) != ours]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     kept |= {"PATH": os.pathsep.join([str(environment / "bin"), *path]), "PYTHONNOUSERSITE": "1"}
+    # What DeepSpeed compiles is built anew whenever another environment's torch asks for it.
+    kept |= {"TORCH_EXTENSIONS_DIR": str(environment.parent / "torch_extensions")}
     return {key: value for key, value in kept.items() if key != "VIRTUAL_ENV"}
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from pretrain import delivery
 from pretrain.tracking import Tracker, start_run
+from tests.support.mlflow_server import QUIET
 
 NUM_STEPS = 60
 
@@ -29,6 +30,7 @@ def server(folder: Path, port: int) -> Iterator[None]:
     with (folder / "server.log").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *arguments],
+            env={**os.environ, **QUIET},
             stdout=log,
             stderr=log,
             start_new_session=True,
