@@ -26,10 +26,10 @@ test: $(STAMP)  ## the tests every change must pass (ARGS="-k masking" for some 
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes each
-	$(VENV)/bin/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -m slow -o cache_dir=.pytest_cache/slow --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cluster: $(STAMP)  ## several hosts and a Slurm on this machine (root; says what to install)
-	$(VENV)/bin/python -m pytest -m "cluster or slurm" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "cluster or slurm" -o cache_dir=.pytest_cache/cluster $(ARGS)
 
 test-all: $(STAMP)  ## every test
 	$(VENV)/bin/python -m pytest -m "" $(ARGS)

@@ -97,14 +97,15 @@ def leader(folder: Path, former: set[str], seconds: float = 120) -> int:
         time.sleep(0.05)
 
 
-def kill_task(number: int) -> None:
-    """Kill the process of an array's task, as a node without memory does."""
+def kill_task(folder: Path, number: int) -> None:
+    """Kill the process of an array's task in a folder, as a node without memory does."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
             if (
                 b"--array.task" in words
                 and words[words.index(b"--array.task") + 1] == b"%d" % number
+                and (process / "cwd").samefile(folder)
             ):
                 os.kill(int(process.name), signal.SIGKILL)
 
@@ -122,7 +123,7 @@ def test_an_array_builds_the_same_store_though_leaders_are_lost(
     job = slurm.submit(f"{array_command(6)} {small}", tmp_path)
     former: set[str] = set()
     slurm.call("scontrol", "requeue", f"{job}_{leader(tmp_path, former)}")  # as preemption does
-    kill_task(leader(tmp_path, former))
+    kill_task(tmp_path, leader(tmp_path, former))
     deadline = time.monotonic() + 300
     while slurm.call("squeue", "--noheader").strip():
         assert time.monotonic() < deadline, slurm.call("squeue")

@@ -74,7 +74,8 @@ class Sweep:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                if words[-3:-1] == [b"--row", str(number).encode()] and b"sweep" in words:
+                ours = words[-3:-1] == [b"--row", str(number).encode()] and b"sweep" in words
+                if ours and (folder / "cwd").samefile(self.folder):
                     return folder
         return None
 
