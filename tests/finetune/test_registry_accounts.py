@@ -82,7 +82,11 @@ class Lab:
         ours = {"MLFLOW_TRACKING_URI": self.uri, "PYTHONPATH": str(ROOT)}
         ours |= {"HOME": str(self.folder / "home"), "XDG_CACHE_HOME": str(self.folder / "cache")}
         who = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": word} if user else {}
-        return {**os.environ, **ours, **who}
+        # Not the short patience that this process has with servers of its own.
+        shell = {
+            key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_HTTP")
+        }
+        return {**shell, **ours, **who}
 
 
 @pytest.fixture(scope="module")
