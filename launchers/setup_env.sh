@@ -33,14 +33,14 @@ begin() {
     install_torch "$1" --constraint constraints.txt
 }
 
-# DeepSpeed compiles its CPU communication kernel at first use; doing it here, one file at a time (1.6 GB each), keeps
-# the first training short and small.
+# DeepSpeed compiles its CPU communication kernel at first use; doing it here, one file at a time (1.6 GB each) unless
+# MAX_JOBS says more, keeps the first training short and small.
 build_kernel() {
     say "Compiling DeepSpeed's CPU communication kernel."
     # A compilation that was killed leaves its lock, for which the next would wait.
     find "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" -path '*deepspeed_shm_comm/lock' -mmin +15 \
         -delete 2>/dev/null || true
-    PATH=$(cd "$1/bin" && pwd):$PATH DS_ACCELERATOR=cpu MAX_JOBS=1 timeout 600 "$1/bin/python" -W ignore -c \
+    PATH=$(cd "$1/bin" && pwd):$PATH DS_ACCELERATOR=cpu MAX_JOBS="${MAX_JOBS:-1}" timeout 600 "$1/bin/python" -W ignore -c \
         'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 ||
         say "It was not compiled; the first training will try again and say why."
 }
