@@ -142,9 +142,10 @@ def _attend_packed(
     if kernel == "native":
         ends = offsets if query_offsets is None else query_offsets
         return native_attention(q, k, v, projection, epsilon, offsets.cpu(), ends.cpu())
+    if kernel == "torch":
+        return tiled_attention(q, k, v, projection, epsilon, (query_lengths, lengths))
     cells = zip(q.split(query_lengths), k.split(lengths), v.split(lengths), strict=True)
-    function = tiled_attention if kernel == "torch" else _reference
-    attended = [function(a[None], b[None], c[None], projection, epsilon)[0] for a, b, c in cells]
+    attended = [_reference(a[None], b[None], c[None], projection, epsilon)[0] for a, b, c in cells]
     return torch.cat(attended) if attended else q[:0].to(v.dtype, copy=True)
 
 
