@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.favor_tiles import CPU_ROWS, GPU_ROWS, Tiles
+from pretrain.favor_tiles import CPU_ROWS, GPU_ROWS, Tiles, cut, put
 from pretrain.fused import empty_slices
 
 Lengths = tuple[list[int], list[int]]
@@ -142,12 +142,10 @@ def _summarize_keys(work: Tiles, k: Tensor, v: Tensor) -> tuple[_Sums, Tensor]:
     for group, parts in work.parts(k):
         largest = maxima[group]
         for part in parts:
-            values = v[part].transpose(1, 2)
-            values = torch.sub(values, center[group], out=work.wide_like("values", values))
-            total[group] += values.sum(2, keepdim=True)
-            values = work.narrowed("narrow values", values)
+            exact, values = work.less(cut(v, part), center[group])
+            total[group] += exact.sum(2, keepdim=True)
             rounded[group] += values.sum(2, keepdim=True, dtype=work.wide)
-            exponents = work.key_exponents(k[part].transpose(1, 2))
+            exponents = work.key_exponents(cut(k, part))
             grown = torch.maximum(largest, exponents.amax((-1, -2), keepdim=True))
             shrink = torch.exp2(largest - grown)  # what was summed below a smaller maximum
             largest.copy_(grown)
@@ -172,13 +170,13 @@ def _read_queries(work: Tiles, q: Tensor, sums: _Sums, out: Tensor, divisors: Te
     values = sums.values.to(work.narrow)
     for group, parts in work.parts(q):
         for part in parts:
-            e = work.query_features(q[part].transpose(1, 2))
+            e = work.query_features(cut(q, part))
             read = work.product("read", work.narrowed("product", e), values[group])
             e *= sums.counts[group].transpose(-1, -2)
             divisor = e.sum(-1, keepdim=True).add_(floor[group])  # (c, H, r, 1)
             attended = torch.div(read, divisor, out=work.wide_like("attended", read))
-            out[part].transpose(1, 2).copy_(attended.add_(sums.center[group]))  # ε Σ S is nothing
-            divisors[part].transpose(1, 2).copy_(divisor)
+            put(attended.add_(sums.center[group]), out, part)  # ε Σ S is nothing
+            put(divisor, divisors, part)
 
 
 def _queries_backward(
@@ -189,11 +187,10 @@ def _queries_backward(
     grad_values, grad_counts = torch.zeros_like(sums.values), torch.zeros_like(sums.counts)
     for group, parts in work.parts(q):
         for part in parts:
-            divisor = divisors[part].transpose(1, 2)
-            ga = grad[part].transpose(1, 2)
+            divisor, ga = cut(divisors, part), cut(grad, part)
             ga = torch.div(ga, divisor, out=work.wide_like("grad", ga))
             narrow_ga = work.narrowed("narrow grad", ga)
-            e = work.query_features(q[part].transpose(1, 2))
+            e = work.query_features(cut(q, part))
             features = work.narrowed("product", e)
             grad_values[group] += work.product("sums", features.transpose(-1, -2), narrow_ga)
             dx = work.product("narrow dx", narrow_ga, values[group].transpose(-1, -2))
@@ -204,7 +201,7 @@ def _queries_backward(
             gb = along.div_(divisor).neg_()  # (c, H, r, 1)
             grad_counts[group] += (gb.transpose(-1, -2) @ e).transpose(-1, -2)
             dx.addcmul_(gb, sums.counts[group].transpose(-1, -2)).mul_(e)
-            grad_q[part].transpose(1, 2).copy_(work.back(dx))
+            put(work.back(dx), grad_q, part)
             grad_values[group] += work.epsilon * ga.sum(2, keepdim=True)
             grad_counts[group] += work.epsilon * gb.sum(2, keepdim=True)
     return _Sums(grad_values, grad_counts, sums.center)
@@ -224,18 +221,14 @@ def _keys_backward(
     grad_values = grad_sums.values.to(work.narrow)
     for group, parts in work.parts(k):
         for part in parts:
-            keys, values = (x[part].transpose(1, 2) for x in (k, v))
-            values = torch.sub(
-                values, grad_sums.center[group], out=work.wide_like("values", values)
-            )
-            values = work.narrowed("narrow values", values)
+            keys = cut(k, part)
+            _, values = work.less(cut(v, part), grad_sums.center[group])
             e = work.key_exponents(keys).sub_(maxima[group]).exp2_()
             dx = work.product("narrow dx", values, grad_values[group].transpose(-1, -2))
             dx = work.widened("dx", dx)
             dx.add_(grad_sums.counts[group].transpose(-1, -2)).mul_(e)
             read = work.product("read", work.narrowed("product", e), grad_values[group])
-            more = torch.add(read, floor[group], out=work.wide_like("values", read))
-            grad_v[part].transpose(1, 2).copy_(more)
+            put(torch.add(read, floor[group], out=work.wide_like("values", read)), grad_v, part)
             along = dx.sum(-1, keepdim=True).mul_(-(work.scale**2))
-            more = torch.mul(keys, along, out=work.wide_like("values", keys))
-            grad_k[part].transpose(1, 2).copy_(more.add_(work.back(dx)))
+            from_squares = torch.mul(keys, along, out=work.wide_like("values", keys))
+            put(from_squares.add_(work.back(dx)), grad_k, part)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.products import multiplies_bf16
 
-CPU_ROWS = 3072
+CPU_ROWS = 1536
 """Rows of a tile on the CPU: their exponents take 1.6 MB at 266 features, the features half."""
 GPU_ROWS = 1 << 16
 """Rows of a tile elsewhere: enough to fill a GPU, and 0.3 GB for all buffers at 266 features."""
@@ -83,6 +83,11 @@ class Tiles:
         """Memory for wide numbers in the shape of a tensor."""
         return self.buffer(name, x, *x.shape)
 
+    def less(self, values: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """A block of values less their center, in wide and in narrow numbers, (c, H, r, d)."""
+        exact = torch.sub(values, center, out=self.wide_like("values", values))
+        return exact, self.narrowed("narrow values", exact)
+
     def key_exponents(self, keys: Tensor) -> Tensor:
         """Exponents of a block of keys, (c, H, r, m)."""
         exponents, more = self._exponents(keys)
@@ -122,6 +127,16 @@ class Tiles:
         _multiply(rows.flatten(0, 2), self.binary_directions.t(), product.flatten(0, 2))
         more = torch.addcmul(shift, norm, norm, value=-LOG2_E / 2)
         return self.widened("exponents", product), more
+
+
+def cut(x: Tensor, part: Part) -> Tensor:
+    """A block by heads, (c, H, r, d), of (B, n, H, d); dense, for memory is passed only once so."""
+    return x[part].transpose(1, 2).contiguous()
+
+
+def put(block: Tensor, x: Tensor, part: Part) -> None:
+    """Write a block by heads, (c, H, r, d), where it belongs in (B, n, H, d)."""
+    x[part].transpose(1, 2).copy_(block.to(x.dtype))
 
 
 def _multiplies_narrowly(q: Tensor, v: Tensor) -> bool:
