@@ -28,7 +28,7 @@ from tests.support.slurm import Slurm, missing, start_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-NUM_ROWS = 16
+NUM_ROWS = 24
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
 
